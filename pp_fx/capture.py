@@ -1,0 +1,328 @@
+"""Capture: one decoder layer of a transformers model becomes one clean `torch.fx.Graph` with the layer's signature.
+
+Steps: find the decoder layers, record how the model really calls them, `torch.export` one layer per distinct
+structure on a fake bf16 copy, then clean the exported graph (real parameter names, run-time calls for the markers,
+no baked dtype, sizes read from `hidden_states`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import warnings
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from . import markers, runtime
+from .errors import CaptureError, UnsupportedModelError
+
+aten = torch.ops.aten
+# In fp32 `x.to(float32)` would vanish from the trace; in bf16 nothing is upcast silently.
+_CAPTURE_DTYPE = torch.bfloat16
+_CACHED_LENGTH = 23
+LAYER_INDEX = "pp_layer_index"
+"""Attribute of a block that holds its index, so that one graph serves all layers of one structure."""
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and ModuleList of the decoder layers, found by type and length.
+
+    Raises:
+        UnsupportedModelError: not a transformers decoder, an encoder, or no list of decoder layers.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"model={type(model).__name__} is no transformers model; load one with AutoModelForCausalLM"
+        )
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"model={name} is an encoder-decoder; only decoder-only models are supported")
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers > 0:
+            if all(isinstance(m, GradientCheckpointingLayer) for m in module) and _is_decoder(module[0]):
+                return path, module
+    raise UnsupportedModelError(
+        f"model={name} has no list of {layers} decoder layers; only causal language models are supported"
+    )
+
+
+def _signature(layer: nn.Module) -> inspect.Signature:
+    signature = inspect.signature(inspect.unwrap(type(layer).forward))
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _is_decoder(layer: nn.Module) -> bool:
+    causal = [m.is_causal for m in layer.modules() if hasattr(m, "is_causal")]
+    return "past_key_values" in _signature(layer).parameters and all(causal)
+
+
+def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: int) -> list[tuple[tuple, dict]]:
+    """The arguments that the model passes to every layer for `batch` x `length` tokens, one of them padded.
+
+    The layers' bodies are skipped, so this costs an embedding, a mask and a rotary table whatever the model's size.
+    """
+    calls: dict[int, tuple[tuple, dict]] = {}
+
+    def recorder(index: int):
+        def forward(*args, **kwargs):
+            calls[index] = (args, kwargs)
+            return args[0] if args else kwargs["hidden_states"]
+
+        return forward
+
+    device = model.get_input_embeddings().weight.device
+    ids = torch.zeros((batch, length), dtype=torch.long, device=device)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # a padded row makes the model build a real mask tensor
+    positions = torch.arange(length, device=device).expand(batch, length)
+    try:
+        for i, layer in enumerate(layers):
+            layer.__dict__["forward"] = recorder(i)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+    if len(calls) != len(layers):
+        raise CaptureError(f"the model called {len(calls)} of its {len(layers)} layers; it cannot be captured")
+    return [calls[i] for i in range(len(layers))]
+
+
+def structure_key(layer: nn.Module) -> tuple:
+    """Layers with equal keys have the same graph: same module tree, plain attributes and parameter shapes."""
+    plain = (int, float, bool, str, type(None), tuple, list)
+    rows = []
+    for name, module in layer.named_modules():
+        attributes = tuple(
+            sorted(
+                (key, repr(value))
+                for key, value in module.__dict__.items()
+                if key not in ("layer_idx", "training") and not key.startswith("_") and isinstance(value, plain)
+            )
+        )
+        shapes = tuple((k, None if p is None else (tuple(p.shape), p.dtype)) for k, p in module._parameters.items())
+        rows.append((name, type(module), attributes, shapes))
+    return tuple(rows)
+
+
+def _fake_copy(module: nn.Module, dtypes: dict[torch.dtype, torch.dtype]) -> nn.Module:
+    """Deep copy whose tensors are fake (call under a FakeTensorMode), on their own device, with mapped dtypes."""
+    memo: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = dtypes.get(tensor.dtype, tensor.dtype)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+
+    for m in module.modules():
+        for p in m._parameters.values():
+            if p is not None:
+                memo[id(p)] = nn.Parameter(fake(p), requires_grad=False)
+        for b in m._buffers.values():
+            if b is not None:
+                memo[id(b)] = fake(b)
+        if hasattr(m, "config"):
+            memo[id(m.config)] = m.config
+    return copy.deepcopy(module, memo)
+
+
+class _Caller(nn.Module):
+    """Calls the layer with recorded arguments whose tensors are the module's inputs (what torch.export wants)."""
+
+    def __init__(self, layer, leaves, spec, slots, var_kwargs):
+        super().__init__()
+        self.layer = layer
+        self._call = (leaves, spec, slots, var_kwargs)
+
+    def forward(self, *tensors):
+        leaves, spec, slots, var_kwargs = self._call
+        flat = list(leaves)
+        for slot, tensor in zip(slots, tensors, strict=False):
+            flat[slot] = tensor
+        for leaf in flat:
+            if isinstance(leaf, markers.StubCache):
+                leaf.cached = tensors[-1]
+        arguments = pytree.tree_unflatten(flat, spec)
+        kwargs = arguments.pop(var_kwargs) if var_kwargs else {}
+        return self.layer(**arguments, **kwargs)
+
+
+class _KwargsToken:
+    """Travels in the layer's **kwargs; where it arrives, **kwargs were forwarded."""
+
+
+_TOKEN = _KwargsToken()
+_TOKEN_NAME = "pp_fx_kwargs_token"
+
+
+def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) -> fx.Graph:
+    """Capture one layer.
+
+    Args:
+        model: its config selects the attention implementation.
+        layer: the decoder layer; not changed.
+        calls: two recorded calls of different batch and length; dimensions that differ become dynamic.
+
+    Returns:
+        Graph with the layer's own signature (defaults and **kwargs included). Nodes carry fake tensors of the capture
+        in `meta["val"]`.
+
+    Raises:
+        CaptureError: the layer does something that a graph cannot represent.
+    """
+    signature = _signature(layer)
+    var_kwargs = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    def bind(call):
+        bound = signature.bind(*call[0], **call[1])
+        bound.apply_defaults()
+        arguments = {k: markers.StubCache() if isinstance(v, Cache) else v for k, v in bound.arguments.items()}
+        if var_kwargs:
+            arguments[var_kwargs] = {**arguments[var_kwargs], _TOKEN_NAME: _TOKEN}
+        return arguments
+
+    pathed, spec = pytree.tree_flatten_with_path(bind(calls[0]))
+    leaves, others = [leaf for _, leaf in pathed], pytree.tree_leaves(bind(calls[1]))
+    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    float_dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
+    dtypes = {float_dtype: _CAPTURE_DTYPE}
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs, dynamic = [], []
+    with mode:
+        for i in slots:
+            tensor, other = leaves[i], others[i].shape
+            varies = [d for d in range(tensor.ndim) if tensor.shape[d] != other[d]]
+            dynamic.append({d: torch.export.Dim.AUTO for d in varies})
+            shape = list(tensor.shape)
+            if tensor.ndim == 4 and {2, 3} <= set(varies):
+                shape[3] = _CACHED_LENGTH  # a [.., T, S] mask: S is the cached length
+            dtype = dtypes.get(tensor.dtype, tensor.dtype)
+            inputs.append(torch.empty(shape, dtype=dtype, device=tensor.device))
+        inputs.append(torch.empty(_CACHED_LENGTH, device=inputs[0].device))
+        dynamic.append({0: torch.export.Dim.AUTO})
+        caller = _Caller(_fake_copy(layer, dtypes), leaves, spec, slots, var_kwargs).eval()
+
+    names = {id(m): n for n, m in caller.layer.named_modules()}
+    configs = {id(m.config): m.config for m in (model, *caller.layer.modules()) if hasattr(m, "config")}
+    try:
+        with (
+            markers.recording(list(configs.values())) as sites,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(caller, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
+        raise CaptureError(f"torch.export cannot capture {type(layer).__name__}: {error}") from error
+    return _Cleaner(program, signature, var_kwargs, [pathed[i][0] for i in slots], sites, names).clean()
+
+
+class _Cleaner:
+    """Exported program -> Graph with the layer's own signature and no trace of the capture."""
+
+    def __init__(self, program, signature, var_kwargs, paths, sites, module_names):
+        self.program = program
+        self.paths = paths
+        self.sites = sites
+        self.module_names = module_names
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.arguments: dict[str, fx.Node] = {}
+        for p in signature.parameters.values():
+            name = f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
+            default = () if p.default is p.empty else (p.default,)
+            self.arguments[p.name] = self.graph.create_node("placeholder", name, default, {}, name=p.name)
+        self.var_kwargs = var_kwargs
+        self.hidden = next(iter(self.arguments.values()))
+        self.cache = self.arguments["past_key_values"]
+        self._shared: dict[Any, fx.Node] = {}
+
+    def clean(self) -> fx.Graph:
+        names = list(self.program.graph_signature.user_inputs)
+        cached_name = names.pop()
+        inputs = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        by_name = {n.name: n for n in inputs}
+        self.symbols = [str(s) for s in by_name[names[0]].meta["val"].shape[:2]]
+        self.cached_symbol = str(by_name[cached_name].meta["val"].shape[0])
+        for name, path in zip(names, self.paths, strict=True):
+            node = self.arguments[path[0].key]
+            for key in path[1:]:
+                step = key.key if hasattr(key, "key") else key.idx
+                node = self.graph.call_function(operator.getitem, (node, step))
+            node.meta["val"] = by_name[name].meta["val"]
+            self.env[by_name[name]] = node
+        # sizes and the dtype are read from hidden_states, once, at the top
+        for dim in (0, 1):
+            node = self.graph.call_function(aten.sym_size.int, (self.hidden, dim))
+            node.meta["val"] = by_name[names[0]].meta["val"].shape[dim]
+            self._shared[self.symbols[dim]] = node
+        self._shared["dtype"] = self.graph.call_function(getattr, (self.hidden, "dtype"))
+        lifted = {**self.program.graph_signature.inputs_to_parameters, **self.program.graph_signature.inputs_to_buffers}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in lifted:
+                    self._put(node, self.graph.get_attr(lifted[node.name].removeprefix("layer.")))
+                elif node not in self.env and node.name != cached_name:
+                    raise CaptureError(f"the layer makes the constant {node.name}, which cannot be captured yet")
+            elif node.op == "output":
+                results = [self.env[a] for a in node.args[0]]
+                self.graph.output(pytree.tree_unflatten(results, self.program.call_spec.out_spec))
+            else:
+                self._call(node)
+        keep = {runtime.kv_update}
+        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in keep)
+        self.graph.lint()
+        return self.graph
+
+    def _put(self, node: fx.Node, new: fx.Node) -> None:
+        new.meta.update({k: v for k, v in node.meta.items() if k == "val"})
+        self.env[node] = new
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is aten._assert_tensor_metadata.default:
+            return
+        if node.target is aten.sym_size.int and str(node.meta["val"]) in self.symbols:
+            self.env[node] = self._shared[str(node.meta["val"])]
+        elif node.target is markers.KV_UPDATE:
+            k, v = (self.env[a] for a in node.args[:2])
+            index = self.graph.get_attr(LAYER_INDEX)
+            self._put(node, self.graph.call_function(runtime.kv_update, (self.cache, k, v, index)))
+        elif node.target is markers.ATTENTION:
+            self._attention(node)
+        else:
+            new = self.graph.node_copy(node, lambda n: self.env[n])
+            bake = self._shared["dtype"]
+            new.args = tuple(bake if a is _CAPTURE_DTYPE else a for a in new.args)
+            new.kwargs = {k: bake if a is _CAPTURE_DTYPE else a for k, a in new.kwargs.items()}
+            self._put(node, new)
+
+    def _attention(self, node: fx.Node) -> None:
+        q, k, v, mask, extra, number = node.args
+        site = self.sites[number]
+        plain = dict(site.plain)
+        tensors = dict(zip(site.tensor_names, (self.env[e] for e in extra), strict=True))
+        forwarded = None
+        if plain.pop(_TOKEN_NAME, None) is _TOKEN and self.var_kwargs is not None:
+            forwarded = self.arguments[self.var_kwargs]
+        for name in [*plain, *tensors]:
+            if name in self.arguments:  # the caller's value at run time, not the one seen at capture
+                plain.pop(name, None)
+                tensors[name] = self.arguments[name]
+            elif forwarded is not None and name in tensors and tensors[name].args[:1] == (forwarded,):
+                del tensors[name]  # arrives with **kwargs
+        module = self.graph.get_attr(self.module_names[id(site.module)])
+        args = (module, self.env[q], self.env[k], self.env[v], None if mask is None else self.env[mask], forwarded)
+        new = self.graph.create_node("call_function", runtime.attention, args, {**plain, **tensors}, name="attention")
+        self._put(node, new)

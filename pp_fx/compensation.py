@@ -1,0 +1,39 @@
+"""What stands in for the dropped channels, by registry name. A compensation is a vector added to the branch's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .state import GroupState
+
+Compensation = Callable[["GroupState", Tensor, Tensor, Tensor], Tensor]
+
+
+def mean(state: GroupState, kept_columns: Tensor, probe_mean: Tensor, weight: Tensor) -> Tensor:
+    """The dropped channels' mean output, W @ mu: mu is part history, part probe (FLAP's bias, made dynamic).
+
+    Without history yet (`state.seen` is 0) the probe alone gives the mean.
+
+    Args:
+        state: of the group; `state.mean` is fp32 [C].
+        kept_columns: int64 [k], input columns of the output projection that run.
+        probe_mean: fp32 [C], mean of the probe state over its real rows.
+        weight: output projection [H, C].
+
+    Returns:
+        [H] in the weight's dtype.
+    """
+    mu = probe_mean
+    if state.mean is not None:
+        share = state.config.compensation_mix * state.seen
+        mu = share * state.mean + (1 - share) * probe_mean
+    dropped = torch.ones_like(mu).index_fill(0, kept_columns, 0)
+    return weight @ (mu * dropped).to(weight.dtype)
+
+
+COMPENSATIONS: dict[str, Compensation] = {"mean": mean}

@@ -1,0 +1,247 @@
+"""What to prune and how: one frozen, validated configuration with a JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+VERSION = 1
+_HISTORY_KINDS = ("channel", "position", None)
+_FIRST_POSITION = ("always", "few", "never")
+
+
+def _number(name: str, value: Any, low: float, high: float, *, high_open: bool = False) -> None:
+    interval = f"[{low}, {high}{')' if high_open else ']'}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} is not a finite number; give a number in {interval}")
+    if value < low or value > high or (high_open and value == high):
+        raise ConfigError(f"{name}={value!r} is out of range; give a number in {interval}")
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r} is not valid; give an integer >= {low}")
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a boolean; give True or False")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Which rows of the residual run ahead as the probe.
+
+    The probe is a static rectangle of B' samples x T' positions, both ranked by the norm of the residual
+    (paper, section 3.1). T' = ceil(token_fraction * T), B' = ceil(sample_fraction * B); the default takes 2.5% of
+    the positions of *all* samples, the paper 50% of the positions of 5% of the samples.
+
+    Args:
+        token_fraction: share of the positions, in (0, 1].
+        sample_fraction: share of the samples, in (0, 1].
+        min_positions: at least so many positions (or all, when there are fewer).
+        first_position: put position 0 into the probe in place of the lowest ranked pick: "always", "few" (the
+            authors' rule: only if at most 10 positions are picked), "never".
+    """
+
+    token_fraction: float = 0.025
+    sample_fraction: float = 1.0
+    min_positions: int = 4
+    first_position: str = "always"
+
+    def __post_init__(self) -> None:
+        for name in ("token_fraction", "sample_fraction"):
+            _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
+        _integer("probe.min_positions", self.min_positions, 1)
+        _choice("probe.first_position", self.first_position, _FIRST_POSITION)
+
+    def positions(self, length: int) -> int:
+        """T', the number of probe positions for sequences of `length` tokens (same rule as the graphs use)."""
+        return min(length, max(self.min_positions, ceil_share(length, self.token_fraction)))
+
+    def samples(self, batch: int) -> int:
+        """B', the number of probe samples of a batch of `batch` sequences."""
+        return min(batch, max(1, ceil_share(batch, self.sample_fraction)))
+
+
+def ceil_share(total: Any, fraction: float) -> Any:
+    """ceil(fraction * total) in integer arithmetic, so that a symbolic `total` stays symbolic (torch.compile)."""
+    return (total * round(fraction * 1_000_000) + 999_999) // 1_000_000
+
+
+@dataclass(frozen=True)
+class ProbePruningConfig:
+    """Settings of Probe Pruning (Le et al., ICLR 2025, arXiv 2502.15618).
+
+    Args:
+        mlp_ratio: share of MLP channels dropped, in [0, 1), mean over all layers: the layers after `skip_layers`
+            carry `mlp_ratio * L / (L - skip_layers)`, which must not exceed 0.95.
+        attention_ratio: share of query heads dropped, likewise. Keys, values and the KV cache stay whole.
+        skip_layers: the first so many layers stay dense.
+        round_to: kept MLP channels are rounded up to a multiple of it (at most all). Dropped heads are rounded down.
+        ratio_digits: round the per-layer ratio to so many digits (the authors: 2); None keeps it exact.
+        probe: which rows run ahead.
+        history: keep running statistics per "channel", per "position" and channel, or None (probe alone).
+        history_length: rows of the "position" history; later positions share its last row.
+        history_rows: the "channel" history is updated from at most so many rows of a batch, evenly spaced.
+        momentum: of the history's moving average, in [0, 1].
+        freeze_history: never update the history after calibration.
+        fusion_epsilon: added to the denominator of the importance-scaled fusion (the authors: 1e-6).
+        score: registry name of the channel score, see `pp_fx.scores`.
+        mlp_compensation, attention_compensation: registry name of what stands in for the dropped channels, see
+            `pp_fx.compensation`, or None.
+        compensation_mix: share of the history (against the probe) in the dropped channels' mean, in [0, 1].
+        min_select_tokens: a call with fewer tokens on a KV cache that already holds a selection reuses it.
+        version: of this schema.
+
+    Raises:
+        pp_fx.errors.ConfigError: a field has a wrong type or value.
+    """
+
+    mlp_ratio: float = 0.4
+    attention_ratio: float = 0.0
+    skip_layers: int = 3
+    round_to: int = 16
+    ratio_digits: int | None = None
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    history: str | None = "channel"
+    history_length: int = 512
+    history_rows: int = 256
+    momentum: float = 0.99
+    freeze_history: bool = False
+    fusion_epsilon: float = 0.0
+    score: str = "ppsp"
+    mlp_compensation: str | None = "mean"
+    attention_compensation: str | None = None
+    compensation_mix: float = 0.5
+    min_select_tokens: int = 32
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        from .compensation import COMPENSATIONS
+        from .scores import SCORES
+
+        _number("mlp_ratio", self.mlp_ratio, 0, 1, high_open=True)
+        _number("attention_ratio", self.attention_ratio, 0, 1, high_open=True)
+        _integer("skip_layers", self.skip_layers, 0)
+        _integer("round_to", self.round_to, 1)
+        if self.ratio_digits is not None:
+            _integer("ratio_digits", self.ratio_digits, 1)
+        if not isinstance(self.probe, ProbeConfig):
+            raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...)")
+        _choice("history", self.history, _HISTORY_KINDS)
+        _integer("history_length", self.history_length, 1)
+        _integer("history_rows", self.history_rows, 1)
+        _number("momentum", self.momentum, 0, 1)
+        _flag("freeze_history", self.freeze_history)
+        _number("fusion_epsilon", self.fusion_epsilon, 0, 1)
+        _choice("score", self.score, tuple(SCORES))
+        _choice("mlp_compensation", self.mlp_compensation, (*COMPENSATIONS, None))
+        _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
+        _number("compensation_mix", self.compensation_mix, 0, 1)
+        _integer("min_select_tokens", self.min_select_tokens, 1)
+        if self.version != VERSION or isinstance(self.version, bool):
+            raise ConfigError(f"version={self.version!r} is unknown; this pp_fx reads version {VERSION}")
+
+    @classmethod
+    def paper(cls, ratio: float = 0.4, attention_ratio: float | None = None, **changes: Any) -> ProbePruningConfig:
+        """The authors' settings (arXiv 2502.15618, section 4, and their published code).
+
+        Args:
+            ratio: share of MLP channels, and of attention heads unless `attention_ratio` is given.
+            attention_ratio: share of attention heads.
+            **changes: any other field, for example `round_to=1`.
+        """
+        settings: dict[str, Any] = dict(
+            mlp_ratio=ratio,
+            attention_ratio=ratio if attention_ratio is None else attention_ratio,
+            round_to=64,
+            ratio_digits=2,
+            probe=ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
+            history="position",
+            fusion_epsilon=1e-6,
+            mlp_compensation=None,
+        )
+        return cls(**{**settings, **changes})
+
+    def layer_ratio(self, name: str, layers: int) -> float:
+        """The ratio that each of the layers after `skip_layers` carries.
+
+        Args:
+            name: "mlp_ratio" or "attention_ratio".
+            layers: number of decoder layers L.
+
+        Raises:
+            ConfigError: more than 0.95 of a layer would be dropped, or no layer is left to prune.
+        """
+        ratio = getattr(self, name)
+        if ratio == 0:
+            return 0.0
+        if self.skip_layers >= layers:
+            raise ConfigError(
+                f"skip_layers={self.skip_layers} leaves nothing to prune in a model of {layers} layers; lower it"
+            )
+        carried = ratio * layers / (layers - self.skip_layers)
+        if self.ratio_digits is not None:
+            carried = round(carried, self.ratio_digits)
+        if carried > 0.95:
+            raise ConfigError(
+                f"{name}={ratio} with skip_layers={self.skip_layers} drops {carried:.2f} of each of the other "
+                f"{layers - self.skip_layers} layers, more than 0.95; lower {name} or skip_layers"
+            )
+        return carried
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ProbePruningConfig:
+        """Inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            ConfigError: not a dict, unknown fields, another version, or an invalid value.
+        """
+        data = dict(_known(cls, data, "configuration"))
+        if "version" in data and data["version"] != VERSION:
+            raise ConfigError(f"version={data['version']!r} is unknown; this pp_fx reads version {VERSION}")
+        if "probe" in data and not isinstance(data["probe"], ProbeConfig):
+            data["probe"] = ProbeConfig(**_known(ProbeConfig, data["probe"], "probe"))
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> ProbePruningConfig:
+        """Inverse of `to_json`.
+
+        Raises:
+            ConfigError: as `from_dict`, or the text is not JSON.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the configuration is not JSON ({error}); see ProbePruningConfig().to_json()") from None
+        return cls.from_dict(data)
+
+
+def _known(cls: type, data: Any, what: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what}={data!r} is not a mapping; give a dict of the fields of {cls.__name__}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(str(k) for k in data if k not in names)
+    if unknown:
+        raise ConfigError(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(names)}")
+    return data

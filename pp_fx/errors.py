@@ -1,0 +1,25 @@
+"""Exceptions of pp_fx. Every message names the argument, the value and the remedy."""
+
+
+class PpFxError(Exception):
+    """Base class of every error that pp_fx raises on purpose."""
+
+
+class ConfigError(PpFxError, ValueError):
+    """A configuration field has a wrong type or value, or the configuration has unknown fields."""
+
+
+class UnsupportedModelError(PpFxError, ValueError):
+    """The model cannot be transformed: it has no decoder layers, or something hides its layers from capture."""
+
+
+class StateError(PpFxError, RuntimeError):
+    """The model is in the wrong state for the call (transformed twice, not transformed, training with dropout)."""
+
+
+class CaptureError(UnsupportedModelError):
+    """A decoder layer does something that the captured graph cannot represent."""
+
+
+class InputError(PpFxError, ValueError):
+    """Data given to calibration, evaluation or the command line cannot be used."""

@@ -1,0 +1,95 @@
+"""Marker ops: they stand, during capture only, for the two calls that must stay run-time decisions.
+
+`pp_fx_capture::attention` is the attention core (any implementation), `pp_fx_capture::kv_update` is
+`past_key_values.update`. Each call is logged as a `Site`; `capture.py` turns the markers into real calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.modeling_utils import AttentionInterface
+
+from .errors import CaptureError
+
+IMPLEMENTATION = "pp_fx_capture"
+"""Name under which the marker is registered with transformers' AttentionInterface."""
+
+
+@dataclass
+class Site:
+    """One marked call: the attention module, its plain keyword arguments and the names of its tensor ones."""
+
+    module: Any = None
+    plain: dict[str, Any] = field(default_factory=dict)
+    tensor_names: tuple[str, ...] = ()
+
+
+_sites: list[Site] | None = None
+
+_library = torch.library.Library("pp_fx_capture", "DEF")
+_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] extra, int site) -> Tensor")
+_library.define("kv_update(Tensor k, Tensor v, Tensor cached) -> (Tensor, Tensor)")
+
+
+def _attention_shape(q, k, v, mask, extra, site):
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1]))
+
+
+def _kv_shape(k, v, cached):
+    length = cached.shape[0]  # a size of its own: the cached length is not the query length
+    return tuple(x.new_empty((x.shape[0], x.shape[1], length, x.shape[3])) for x in (k, v))
+
+
+for _key in ("Meta", "CompositeExplicitAutograd"):
+    _library.impl("attention", _attention_shape, _key)
+    _library.impl("kv_update", _kv_shape, _key)
+
+ATTENTION = torch.ops.pp_fx_capture.attention.default
+KV_UPDATE = torch.ops.pp_fx_capture.kv_update.default
+
+
+def _marker_attention(module, query, key, value, attention_mask=None, **kwargs):
+    if _sites is None:
+        raise CaptureError(f"attention implementation {IMPLEMENTATION!r} is for capture only; choose another")
+    tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+    plain = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
+    _sites.append(Site(module, plain, tuple(tensors)))
+    return ATTENTION(query, key, value, attention_mask, list(tensors.values()), len(_sites) - 1), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _marker_attention)
+
+
+class StubCache:
+    """Stands for `past_key_values` during capture; only `update` is allowed."""
+
+    cached: torch.Tensor
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        if args or kwargs:
+            raise CaptureError("the layer passes extra arguments to past_key_values.update; it cannot be captured")
+        return KV_UPDATE(key, value, self.cached)
+
+    def __getattr__(self, name: str) -> Any:
+        raise CaptureError(f"the layer reads past_key_values.{name} itself; it cannot be captured")
+
+
+@contextlib.contextmanager
+def recording(configs: list[Any]) -> Iterator[list[Site]]:
+    """Route attention of modules with these configs to the marker; yields the list that collects the sites."""
+    global _sites
+    before = [(c, c._attn_implementation_internal) for c in configs]
+    _sites = sites = []
+    try:
+        for config in configs:
+            config._attn_implementation_internal = IMPLEMENTATION
+        yield sites
+    finally:
+        _sites = None
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation

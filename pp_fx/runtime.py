@@ -1,0 +1,117 @@
+"""Functions that captured graphs call where the layer made a run-time decision: attention, KV cache, padding."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import InputError
+
+_EAGER_ATTENTION: dict[type, Any] = {}
+
+
+def register_eager_attention(module: nn.Module) -> None:
+    """Remember the `eager_attention_forward` of the file that defines the module's class (or of a base class)."""
+    for cls in type(module).__mro__:
+        found = getattr(inspect.getmodule(cls), "eager_attention_forward", None)
+        if found is not None:
+            _EAGER_ATTENTION[type(module)] = found
+            return
+
+
+def _attention_function(module: nn.Module) -> Any:
+    # config of a transformers module; the same look-up that the original layer makes
+    return ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation,  # type: ignore[union-attr,arg-type]
+        _EAGER_ATTENTION.get(type(module)),
+    )
+
+
+def attention(module, q, k, v, mask, forwarded, **kwargs):
+    """The model's own attention core, chosen at each call as the original layer does.
+
+    Args:
+        q, k, v: [B, heads, T, D], [B, kv heads, S, D], [B, kv heads, S, D].
+        mask: whatever the model passed: tensor, None or BlockMask.
+        forwarded: the layer's **kwargs.
+
+    Returns:
+        [B, T, heads, D].
+    """
+    return _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+
+
+def kv_update(cache, k, v, layer_idx):
+    """`past_key_values.update`, or the keys and values themselves without a cache."""
+    return (k, v) if cache is None else cache.update(k, v, layer_idx)
+
+
+class PrunedAttentionView:
+    """What an attention function reads from its module, with one key/value head per kept query head."""
+
+    def __init__(self, module: nn.Module) -> None:
+        for name, value in module.__dict__.items():
+            if not name.startswith("_") and isinstance(value, int | float | str | type(None)):
+                setattr(self, name, value)
+        self.config = module.config
+        self.num_key_value_groups = 1
+
+
+def pruned_attention(state, kept, module, q, k, v, mask, forwarded, **kwargs):
+    """`attention` over the kept query heads only; `kept` None means all heads.
+
+    Args:
+        state: GroupState of the attention group (its `kv_head` maps query heads to key/value heads).
+        kept: int64 [k] kept query heads, ascending, or None.
+        q: [B, k, T, D]. k, v: [B, kv heads, S, D], whole.
+    """
+    if kept is None:
+        return attention(module, q, k, v, mask, forwarded, **kwargs)
+    heads = state.kv_head.index_select(0, kept)
+    k, v = k.index_select(1, heads), v.index_select(1, heads)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == state.units and state.units > 1:
+        mask = mask.index_select(1, kept)
+    call = _attention_function(module)
+    return call(state.attention_view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+
+
+def probe_attention(module, q, k, v, mask, **kwargs):
+    """Causal attention among the probe rows (paper, section 3.1), always through SDPA or the model's eager core.
+
+    Args:
+        q: [B', heads, T', D]; k, v: [B', kv heads, T', D]; mask: additive, [B', 1, T', T'].
+    """
+    name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
+    call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))
+    return call(module, q, k, v, mask, **kwargs)[0]
+
+
+def real_rows(hidden_states, attention_mask, cache, layer_idx):
+    """Which rows hold a real token: bool [B, T], or None when all do.
+
+    A position is real if it may attend to itself. Taken from the mask as the block receives it: None, [B, S] (flash
+    attention) or [B, 1, T, S] (boolean or additive).
+
+    Raises:
+        InputError: the mask is of another kind (for example flex attention's BlockMask).
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
+        raise InputError(
+            f"attention_mask of type {type(attention_mask).__name__} cannot be read; "
+            "use attn_implementation='sdpa' or 'eager'"
+        )
+    length = hidden_states.shape[1]
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -length:] != 0
+    start = 0 if cache is None else cache.get_seq_length(layer_idx)
+    own = torch.arange(length, device=attention_mask.device) + start
+    own = own.view(1, length, 1).expand(attention_mask.shape[0], length, 1)
+    diagonal = attention_mask[:, 0].gather(2, own).squeeze(2)
+    real = diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+    return real.expand(hidden_states.shape[0], length)
