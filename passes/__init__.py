@@ -1,0 +1,42 @@
+"""Graph passes that turn a captured decoder layer into a probe-pruned one."""
+
+from .base import BlockGraph, GroupNodes, Pass, PassManager, PassResult
+from .cleanup import Cleanup
+from .find_channel_groups import FindChannelGroups
+from .gather_channels import GatherChannels
+from .insert_compensation import InsertCompensation
+from .insert_history import InsertHistory
+from .insert_probe import InsertProbe
+from .insert_selection import InsertSelection
+
+
+def probe_pruning() -> PassManager:
+    """The passes of Probe Pruning, in order."""
+    return PassManager(
+        [
+            FindChannelGroups(),
+            InsertProbe(),
+            InsertSelection(),
+            GatherChannels(),
+            InsertCompensation(),
+            InsertHistory(),
+            Cleanup(),
+        ]
+    )
+
+
+__all__ = [
+    "BlockGraph",
+    "Cleanup",
+    "FindChannelGroups",
+    "GatherChannels",
+    "GroupNodes",
+    "InsertCompensation",
+    "InsertHistory",
+    "InsertProbe",
+    "InsertSelection",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "probe_pruning",
+]

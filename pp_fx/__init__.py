@@ -1,0 +1,17 @@
+"""Probe Pruning for transformers models, as torch.fx graph passes (arXiv 2502.15618)."""
+
+from . import errors
+from .config import ProbeConfig, ProbePruningConfig
+from .history import history_frozen
+from .transform import is_transformed, restore, transform
+
+__all__ = [
+    "ProbeConfig",
+    "ProbePruningConfig",
+    "errors",
+    "history_frozen",
+    "is_transformed",
+    "restore",
+    "transform",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,93 @@
+"""What a pass is, what it works on, and the manager that runs passes in order (vocabulary of torch.fx.passes.infra)."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..groups import Group, Groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GroupNodes:
+    """Nodes that passes inserted for one group, by role: `state`, `rows`, `residual`, `probe_state`, `kept`, ..."""
+
+    group: Group
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    probe_graph: fx.Graph | None = None
+
+    def name(self, role: str) -> str:
+        return f"{self.group.kind}_{role}"
+
+
+@dataclass
+class BlockGraph:
+    """A captured layer on its way through the passes."""
+
+    graph: fx.Graph
+    groups: Groups = field(default_factory=Groups)
+    inserted: list[GroupNodes] = field(default_factory=list)
+    real_rows: fx.Node | None = None
+
+    def argument(self, name: str) -> fx.Node | None:
+        """The placeholder of one of the layer's arguments, or None."""
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
+
+    def call(self, function: Any, args: tuple, name: str, like: fx.Node | None = None) -> fx.Node:
+        """Insert a named call; `like` lends its fake tensor."""
+        node = self.graph.create_node("call_function", function, args, {}, name=name)
+        if like is not None and "val" in like.meta:
+            node.meta["val"] = like.meta["val"]
+        return node
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """How many places a pass changed, and why it left others alone."""
+
+    matches: int
+    reasons: tuple[str, ...] = ()
+
+
+class Pass(ABC):
+    """One step. `requires` names roles that earlier passes must have inserted."""
+
+    requires: tuple[str, ...] = ()
+
+    @abstractmethod
+    def call(self, block: BlockGraph) -> PassResult:
+        """Change `block` in place."""
+
+    def __call__(self, block: BlockGraph) -> PassResult:
+        for inserted in block.inserted:
+            missing = [r for r in self.requires if r not in inserted.nodes]
+            if missing:
+                raise RuntimeError(f"{type(self).__name__} needs {', '.join(missing)}: run the passes in order")
+        result = self.call(block)
+        block.graph.lint()
+        return result
+
+
+class PassManager:
+    """Runs passes in order, logs how often each matched, and returns the counts.
+
+    With the logger `pp_fx.passes` at DEBUG, the graph is dumped after every pass.
+    """
+
+    def __init__(self, passes: list[Pass]) -> None:
+        self.passes = passes
+
+    def __call__(self, block: BlockGraph) -> dict[str, PassResult]:
+        results = {}
+        for step in self.passes:
+            name = type(step).__name__
+            results[name] = step(block)
+            logger.info("%s: %d matches", name, results[name].matches)
+            logger.debug("after %s:\n%s", name, block.graph)
+        return results

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from ..groups import find_groups
+from .base import BlockGraph, GroupNodes, Pass, PassResult
+
+
+class FindChannelGroups(Pass):
+    """Analysis: the coupled channels of the MLP and the separable heads of the attention."""
+
+    def call(self, block: BlockGraph) -> PassResult:
+        block.groups = find_groups(block.graph)
+        block.inserted = [GroupNodes(g) for g in block.groups.found]
+        return PassResult(len(block.inserted), tuple(block.groups.reasons))

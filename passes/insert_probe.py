@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from .. import probe, runtime
+from ..capture import LAYER_INDEX
+from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_parameter, shape
+from .base import BlockGraph, GroupNodes, Pass, PassResult
+
+
+class InsertProbe(Pass):
+    """The probe branch: choose rows of the residual, take them, run them through a copy of the branch.
+
+    The copy is a graph of its own with the weights as arguments, so that one function serves all layers.
+    """
+
+    def call(self, block: BlockGraph) -> PassResult:
+        if block.inserted:
+            self._insert_real_rows(block)
+        for inserted in block.inserted:
+            self._insert(block, inserted)
+        return PassResult(len(block.inserted))
+
+    def _insert_real_rows(self, block: BlockGraph) -> None:
+        hidden = next(iter(block.graph.nodes))
+        first_call = next(n for n in block.graph.nodes if n.op == "call_function")
+        with block.graph.inserting_before(first_call):
+            index = block.graph.get_attr(LAYER_INDEX)
+            args = (hidden, block.argument("attention_mask"), block.argument("past_key_values"), index)
+            block.real_rows = block.call(runtime.real_rows, args, "real_rows")
+
+    def _insert(self, block: BlockGraph, inserted: GroupNodes) -> None:
+        group, nodes = inserted.group, inserted.nodes
+        extracted = extract_branch(block.graph, group.residual, group.state)
+        inserted.probe_graph = extracted.graph
+        with block.graph.inserting_before(group.inputs[0].node):
+            nodes["state"] = block.graph.get_attr(f"pp_{group.kind}")
+            nodes["layer_index"] = block.graph.get_attr(LAYER_INDEX)
+            cache = block.argument("past_key_values")
+            nodes["rows"] = block.call(
+                probe.choose_rows,
+                (nodes["state"], group.residual, block.real_rows, cache, nodes["layer_index"]),
+                inserted.name("probe_rows"),
+            )
+            taken = [
+                block.call(probe.take_rows, (n, nodes["rows"]), inserted.name(f"probe_{label}"))
+                for label, n in [("residual", group.residual), *((n.name, n) for n in extracted.row_inputs)]
+            ]
+            if extracted.has_core:
+                mask = block.call(probe.probe_mask, (nodes["rows"], taken[0]), inserted.name("probe_mask"))
+                taken.append(mask)
+            parameters = tuple(block.graph.get_attr(str(p.target)) for p in extracted.parameters)
+            nodes["probe_state"] = block.call(
+                probe.probe_state, (nodes["state"], tuple(taken), parameters), inserted.name("probe_state")
+            )
+
+
+class extract_branch:  # noqa: N801  (reads as a verb where it is used)
+    """The branch residual -> state as a graph of its own.
+
+    Attributes:
+        graph: placeholders are the residual rows, the `row_inputs`, the mask (if `has_core`), the `parameters`.
+        row_inputs: other [B or 1, T, ...] tensors that the branch reads (rotary tables).
+        parameters: `get_attr` nodes of weights and modules.
+    """
+
+    def __init__(self, source: fx.Graph, residual: fx.Node, state: fx.Node) -> None:
+        hidden = next(iter(source.nodes))
+        inside, _ = cone([state], {residual})
+        ordered = [n for n in source.nodes if n in inside]
+        skipped = {runtime.kv_update}
+        body = [n for n in ordered if n.op == "call_function" and n.target not in skipped and not _is_input(n)]
+        needed: set[fx.Node] = set()
+        for node in body:
+            needed.update(node.args[:4] if node.target in ATTENTION_CORES else node.all_input_nodes)
+        for node in ordered:
+            if node.target is runtime.kv_update:
+                needed.update(node.args[1:3])  # type: ignore[arg-type]
+        self.row_inputs = [n for n in ordered if n in needed and _is_input(n) and shape(n) is not None]
+        self.parameters = [n for n in source.nodes if n in needed and n.op == "get_attr"]
+        self.has_core = any(n.target in ATTENTION_CORES for n in body)
+
+        self.graph = fx.Graph()
+        env: dict[fx.Node, object] = {residual: self.graph.placeholder("residual")}
+        for n in self.row_inputs:
+            env[n] = self.graph.placeholder(f"rows_{n.name}")
+        mask = self.graph.placeholder("mask") if self.has_core else None
+        for n in self.parameters:
+            env[n] = self.graph.placeholder(n.name)
+        for node in source.nodes:
+            if carries_no_data(node) and node.args[0] is hidden:  # sizes and dtype of the probe, not of the batch
+                env[node] = self.graph.call_function(node.target, (env[residual], *node.args[1:]))  # type: ignore[arg-type]
+            elif node not in inside:
+                continue
+            elif node.target is runtime.kv_update:
+                env[node] = tuple(env[a] for a in node.args[1:3])  # type: ignore[index]
+            elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple):  # type: ignore[arg-type]
+                env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
+            elif node.target in ATTENTION_CORES:
+                args = (*(env[a] for a in node.args[:4]), mask)  # type: ignore[index]
+                plain = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node)}
+                env[node] = self.graph.call_function(runtime.probe_attention, args, plain)  # type: ignore[arg-type]
+            elif node in body:
+                env[node] = self.graph.node_copy(node, lambda n: env[n])  # type: ignore[arg-type,return-value]
+        self.graph.output(env[state])  # type: ignore[arg-type]
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+
+
+def _is_input(node: fx.Node) -> bool:
+    if is_parameter(node):
+        return False
+    origin = node
+    while origin.target is operator.getitem and isinstance(origin.args[0], fx.Node):
+        origin = origin.args[0]
+    return origin.op == "placeholder"

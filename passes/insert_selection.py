@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from .. import selection
+from .base import BlockGraph, Pass, PassResult
+
+
+class InsertSelection(Pass):
+    """Score of every unit from probe and history, then the kept units (or those that the KV cache carries)."""
+
+    requires = ("state", "rows", "probe_state")
+
+    def call(self, block: BlockGraph) -> PassResult:
+        for inserted in block.inserted:
+            nodes, cache = inserted.nodes, block.argument("past_key_values")
+            with block.graph.inserting_after(nodes["probe_state"]):
+                args = (nodes["state"], nodes["probe_state"], nodes["rows"])
+                nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
+            with block.graph.inserting_after(nodes["score"]):
+                chosen = (nodes["state"], nodes["score"], cache, nodes["layer_index"])
+                nodes["kept"] = block.call(selection.choose_units, chosen, inserted.name("kept"))
+        return PassResult(len(block.inserted))

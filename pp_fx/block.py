@@ -1,0 +1,108 @@
+"""A rewritten decoder layer: the same object and the same class, with a generated `forward`.
+
+A layer is rewritten by giving it a subclass of its own class (as torch.nn.utils.parametrize does), one per distinct
+structure. So hooks, references, `isinstance`, parameter names and deepcopy keep working, and regional compilation
+sees one code object for all layers.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .capture import LAYER_INDEX
+from .state import GroupState
+
+_PREFIX = "pp_"
+_numbers = count()
+
+
+def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """The Python function of a graph, `forward(self, *inputs)`; its source shows up in tracebacks."""
+    code = graph.python_code("self")
+    filename = f"<pp_fx {name} {next(_numbers)}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    return namespace["forward"]
+
+
+class ProbePrunedLayer:
+    """Mixin of every rewritten layer. `graph` is the torch.fx graph that its `forward` was generated from."""
+
+    graph: fx.Graph
+    original_class: type[nn.Module]
+    outputs: dict[str, str]
+    """Group kind -> path of the output projection's weight."""
+
+    def states(self) -> dict[str, GroupState]:
+        """Group kind -> state."""
+        return {kind: getattr(self, _PREFIX + kind) for kind in self.outputs}
+
+    def refresh(self) -> None:
+        """Bring memory layout and column norms in line with the present weights."""
+        for kind, state in self.states().items():
+            weight = self.get_parameter(self.outputs[kind])  # type: ignore[attr-defined]
+            if state.prunes:
+                _store_transposed(weight)
+                state.refresh(weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.refresh()
+        return self
+
+
+def block_class(layer_class: type[nn.Module], graph: fx.Graph, outputs: dict[str, str]) -> type:
+    """The class for the layers of one structure."""
+    body = {
+        "graph": graph,
+        "original_class": layer_class,
+        "outputs": outputs,
+        "forward": compile_graph(graph, layer_class.__name__),
+        "__doc__": f"{layer_class.__name__} rewritten by pp_fx.",
+    }
+    return type(f"ProbePruned{layer_class.__name__}", (ProbePrunedLayer, layer_class), body)
+
+
+def install(layer: nn.Module, cls: type, index: int, states: dict[str, GroupState]) -> None:
+    """Turn `layer` into a block of class `cls`, in place."""
+    layer.__dict__[LAYER_INDEX] = index
+    for kind, state in states.items():
+        layer.add_module(_PREFIX + kind, state)
+    layer.__class__ = cls  # type: ignore[assignment]
+    layer.register_load_state_dict_post_hook(_refresh_after_load)
+    layer.refresh()  # type: ignore[operator]
+
+
+def uninstall(layer: nn.Module) -> None:
+    """Undo `install`: class, attributes and memory layout as before."""
+    assert isinstance(layer, ProbePrunedLayer)
+    for kind, state in layer.states().items():
+        if state.prunes:
+            weight = layer.get_parameter(layer.outputs[kind])
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = weight.data.contiguous()
+        delattr(layer, _PREFIX + kind)
+    hooks = layer._load_state_dict_post_hooks
+    for key in [k for k, hook in hooks.items() if hook is _refresh_after_load]:
+        del hooks[key]
+    layer.__dict__.pop(LAYER_INDEX, None)
+    layer.__class__ = layer.original_class  # type: ignore[assignment]
+
+
+def _refresh_after_load(layer: Any, _incompatible: Any) -> None:
+    layer.refresh()
+
+
+def _store_transposed(weight: nn.Parameter) -> None:
+    """Keep the shape [H, C], but let memory hold [C, H], so that dropping columns copies contiguous rows."""
+    if weight.t().is_contiguous():
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        weight.data = weight.data.t().contiguous().t()

@@ -1,0 +1,127 @@
+"""The history: running statistics of every channel, updated inside the graph (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .probe import probe_channel_moment, probe_moment
+from .state import states_of
+
+if TYPE_CHECKING:
+    from .probe import ProbeRows
+    from .state import GroupState
+
+
+def update_history(
+    state: GroupState, z: Tensor, kept: Tensor | None, real: Tensor | None, probe: Tensor | None, rows: ProbeRows | None
+) -> None:
+    """Moving average of z and z^2 of the channels that ran; called once per selecting forward.
+
+    The first batch starts the history: with the probe's statistics for the dropped channels. A batch whose
+    statistics are not finite, or without a real row, leaves the history as it was.
+
+    Args:
+        z: [B, T, kept columns], input of the output projection (all columns during calibration).
+        real: bool [B, T] or None.
+        probe: probe state [B', T', C] or None.
+    """
+    if state.mode == "calibrate":
+        if state.prunes:
+            _accumulate(state, z, real)
+        return
+    if state.energy is None or state.mean is None or state.mode == "frozen":
+        return
+    if kept is None or probe is None or rows is None:
+        return
+    columns = state.columns_of(kept)
+    z, probe = z.detach(), probe.detach()
+    if state.energy.ndim == 1:
+        flat, mask = _spaced_rows(z, real, state.config.history_rows)
+        new_energy, new_mean, any_row = _moments(flat, mask, 0)
+        first_energy = probe_channel_moment(probe, rows, 2)
+        target = state.energy
+    else:
+        last = state.energy.shape[0]
+        new_energy, new_mean, any_row = _position_moments(z[:, :last], None if real is None else real[:, :last])
+        target = state.energy[: new_energy.shape[0]]
+        first_energy = probe_moment(probe, rows, 2).mean(0).expand_as(target)
+    seen, momentum = state.seen > 0, state.config.momentum
+    old_energy, old_mean = target.index_select(-1, columns), state.mean.index_select(0, columns)
+    energy = torch.where(seen & any_row, momentum * old_energy + (1 - momentum) * new_energy, new_energy)
+    energy = torch.where(any_row, energy, old_energy)
+    mean = torch.where(seen, momentum * old_mean + (1 - momentum) * new_mean, new_mean)
+    finite = energy.isfinite().all() & mean.isfinite().all() & any_row.any()
+    base_energy = torch.where(seen, target, first_energy)
+    base_mean = torch.where(seen, state.mean, probe_channel_moment(probe, rows, 1))
+    finite = finite & base_energy.isfinite().all() & base_mean.isfinite().all()
+    target.copy_(torch.where(finite, base_energy.index_copy(-1, columns, energy), target))
+    state.mean.copy_(torch.where(finite, base_mean.index_copy(0, columns, mean), state.mean))
+    state.seen.copy_(torch.where(finite, 1.0, state.seen))
+
+
+def _spaced_rows(z: Tensor, real: Tensor | None, limit: int) -> tuple[Tensor, Tensor | None]:
+    """At most `limit` evenly spaced rows of [B, T, k] as [n, k], and which of them are real."""
+    flat = z.flatten(0, 1)
+    step = (flat.shape[0] + limit - 1) // limit
+    return flat[::step], None if real is None else real.flatten()[::step]
+
+
+def _moments(flat: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of z^2 and of z over `dim` in fp32, and whether any row counted (broadcastable to the result)."""
+    flat = flat.float()
+    if mask is None:
+        return flat.pow(2).mean(dim), flat.mean(dim), torch.ones((), dtype=torch.bool, device=flat.device)
+    flat = torch.where(mask.unsqueeze(-1), flat, 0.0)
+    count = mask.sum(dim).unsqueeze(-1)
+    divisor = count.clamp(min=1)
+    return flat.pow(2).sum(dim) / divisor, flat.sum(dim) / divisor, count > 0
+
+
+def _position_moments(z: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_moments`, the energy per position [T, k], the mean over all rows [k]."""
+    energy, _, any_row = _moments(z, real, 0)
+    _, mean, _ = _moments(z.flatten(0, 1), None if real is None else real.flatten(), 0)
+    return energy, mean, any_row
+
+
+def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
+    """Add a calibration batch [B, T, C] to the sums of `calibrate`."""
+    z = z.float()
+    if real is not None:
+        z = torch.where(real.unsqueeze(-1), z, 0.0)
+    per_position = state.energy is not None and state.energy.ndim == 2
+    dims = (0,) if per_position else (0, 1)
+    counts = torch.ones(z.shape[:2], device=z.device) if real is None else real.float()
+    for key, value in (("energy", z.pow(2).sum(dims)), ("count", counts.sum(dims)), ("mean", z.sum((0, 1)))):
+        old = state.sums.get(key)
+        if old is not None and per_position and key != "mean" and old.shape[0] != value.shape[0]:
+            longer, shorter = (old, value) if old.shape[0] > value.shape[0] else (value, old)
+            value = longer.clone()
+            value[: shorter.shape[0]] += shorter
+            old = None
+        state.sums[key] = value.double() if old is None else old + value
+
+
+@contextlib.contextmanager
+def history_frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the context, forward passes select but leave the history as it is.
+
+    ```python
+    with pp_fx.history_frozen(model):
+        model(**inputs)
+    ```
+    """
+    states = states_of(model)
+    before = [s.mode for s in states]
+    try:
+        for s in states:
+            s.mode = "frozen"
+        yield model
+    finally:
+        for s, mode in zip(states, before, strict=True):
+            s.mode = mode

@@ -1,0 +1,116 @@
+"""What one group of one layer remembers: its sizes, the output projection's column norms, and the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ProbePruningConfig
+from .runtime import PrunedAttentionView
+
+_NORM_CHUNK = 1024
+
+
+class GroupState(nn.Module):
+    """State of a group. All statistics are fp32 whatever the model's dtype; nothing of it enters `state_dict()`.
+
+    Attributes:
+        units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
+        kept_units: how many units run; a fixed Python int, so that every shape is static.
+        column_norm: fp32 [units, width], || W[:, j]^2 ||_2.
+        energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
+        mean: fp32 [C], running mean of z, or None without history.
+        seen: fp32 scalar, 0 until the first batch or calibration, then 1.
+        mode: "run", "frozen" (select, but leave the history), "calibrate" (dense, collect statistics).
+    """
+
+    column_norm: Tensor
+    energy: Tensor | None
+    mean: Tensor | None
+    seen: Tensor
+    kv_head: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        units: int,
+        width: int,
+        kept_units: int,
+        config: ProbePruningConfig,
+        weight: nn.Parameter,
+        probe: Callable[..., Tensor],
+        kv_head: tuple[int, ...] | None = None,
+        attention_module: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.units, self.width, self.kept_units, self.config = name, units, width, kept_units, config
+        self.probe = probe
+        self.mode = "frozen" if config.freeze_history else "run"
+        self.compensation = config.mlp_compensation if name == "mlp" else config.attention_compensation
+        self.attention_view = None if attention_module is None else PrunedAttentionView(attention_module)
+        self.sums: dict[str, Tensor] = {}
+        columns = units * width
+        device = weight.device
+        rows = {"channel": (columns,), "position": (config.history_length, columns), None: None}[config.history]
+        if not self.prunes:
+            rows = None
+
+        def buffer(key: str, value: Tensor | None) -> None:
+            self.register_buffer(key, value, persistent=False)
+
+        with torch.inference_mode(False):
+            buffer("column_norm", column_norm(weight).view(units, width) if self.prunes else None)
+            buffer("energy", None if rows is None else torch.zeros(rows, device=device))
+            buffer("mean", None if rows is None else torch.zeros(columns, device=device))
+            buffer("seen", torch.zeros((), device=device) if self.prunes else None)
+            buffer("kv_head", None if kv_head is None else torch.tensor(kv_head, device=device))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether this layer drops anything here."""
+        return self.kept_units < self.units
+
+    def refresh(self, weight: nn.Parameter) -> None:
+        """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
+        if self.prunes and not weight.is_meta:
+            with torch.inference_mode(False):
+                self.column_norm = column_norm(weight).view(self.units, self.width)
+
+    def columns_of(self, kept: Tensor) -> Tensor:
+        """Input columns of the output projection that the kept units own: int64 [len(kept) * width]."""
+        if self.width == 1:
+            return kept
+        return (kept[:, None] * self.width + torch.arange(self.width, device=kept.device)).flatten()
+
+    def reset_history(self) -> None:
+        """Forget: the next batch starts the history anew."""
+        for tensor in (self.energy, self.mean, self.seen):
+            if tensor is not None:
+                tensor.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupState:
+        """`.to`, `.half`, `.cuda`: move the statistics, keep them fp32."""
+        for key, tensor in self._buffers.items():
+            if tensor is not None:
+                self._buffers[key] = tensor.to(fn(tensor[..., :0] if tensor.ndim else tensor).device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.kept_units} of {self.units} kept"
+
+
+@torch.no_grad()
+def column_norm(weight: Tensor) -> Tensor:
+    """|| W[:, j]^2 ||_2 for every input column j, in fp32, without an fp32 copy of the weight. [H, C] -> [C]."""
+    total = torch.zeros(weight.shape[1], device=weight.device)
+    for rows in weight.detach().split(_NORM_CHUNK):
+        total += rows.float().pow(4).sum(0)
+    return total.sqrt()
+
+
+def states_of(model: nn.Module) -> list[Any]:
+    """Every GroupState of a transformed model, in layer order."""
+    return [m for m in model.modules() if isinstance(m, GroupState)]

@@ -1,0 +1,191 @@
+"""`transform`, `restore`, `is_transformed`: rewrite a model's decoder layers, and undo it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import runtime
+from .block import ProbePrunedLayer, block_class, compile_graph, install, uninstall
+from .capture import capture_layer, find_layers, record_calls, structure_key
+from .config import ProbePruningConfig
+from .errors import ConfigError, StateError, UnsupportedModelError
+from .groups import AttentionGroup, Group
+from .passes import BlockGraph, probe_pruning
+from .state import GroupState
+
+logger = logging.getLogger(__name__)
+CONFIG = "pp_fx_config"
+"""Attribute of a transformed model that holds its ProbePruningConfig."""
+
+
+@dataclass
+class _Structure:
+    """What all layers of one structure share."""
+
+    cls: type
+    groups: dict[str, Group]
+    probes: dict[str, Any]
+    reasons: list[str]
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether `transform` has rewritten this model (or the model that `torch.compile` wraps)."""
+    return any(isinstance(m, ProbePrunedLayer) for m in model.modules())
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    """The rewritten decoder layers of a transformed model, in order.
+
+    Raises:
+        StateError: the model is not transformed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ProbePrunedLayer)]
+    if not layers:
+        raise StateError(f"model={type(model).__name__} is not transformed; call pp_fx.transform(model) first")
+    return layers
+
+
+def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None) -> nn.Module:
+    """Rewrite the decoder layers of a model in place, so that every batch runs only the heads and channels it needs.
+
+    Method: Probe Pruning (arXiv 2502.15618). The model stays an ordinary transformers model: same class, same
+    parameter names and shapes. A branch whose channels cannot be proved separable stays dense, with one warning.
+
+    Args:
+        model: a transformers causal language model in eval mode, on a real device.
+        config: what to prune; `ProbePruningConfig()` by default. A dict is read by `ProbePruningConfig.from_dict`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: `config` is invalid for this model.
+        StateError: the model is already transformed, or in training mode with dropout.
+        UnsupportedModelError: no decoder layers, weights on the meta device, hooks inside a layer, or a layer that
+            cannot be captured. The model is left as it was.
+    """
+    config = _check(model, config)
+    _, layers = find_layers(model)
+    for i, layer in enumerate(layers):
+        _check_hooks(i, layer)
+    carried = {
+        "mlp": config.layer_ratio("mlp_ratio", len(layers)),
+        "attention": config.layer_ratio("attention_ratio", len(layers)),
+    }
+    structures = _structures(model, layers)
+    _warn_dense(structures.values(), carried)
+    prepared = []
+    for i, layer in enumerate(layers):
+        structure = structures[structure_key(layer)]
+        states = {}
+        for kind, group in structure.groups.items():
+            ratio = 0.0 if i < config.skip_layers else carried[kind]
+            states[kind] = _state(layer, group, structure.probes[kind], kept_units(group, ratio, config), config)
+        prepared.append((layer, structure.cls, states))
+    done: list[nn.Module] = []
+    try:
+        for i, (layer, cls, states) in enumerate(prepared):
+            done.append(layer)
+            install(layer, cls, i, states)
+        model.__dict__[CONFIG] = config
+    except BaseException:
+        for layer in done:
+            if isinstance(layer, ProbePrunedLayer):
+                uninstall(layer)
+        raise
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `transform`: the original layers, bit for bit, with their original memory layout.
+
+    Raises:
+        StateError: the model is not transformed.
+    """
+    for layer in layers_of(model):
+        uninstall(layer)
+    model.__dict__.pop(CONFIG, None)
+    return model
+
+
+def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
+    """How many channels (rounded up to a multiple of `round_to`) or heads of a group run at a per-layer ratio."""
+    kept = group.units - int(ratio * group.units)
+    if group.kind == "mlp" and ratio > 0:
+        kept = min(group.units, -(-kept // config.round_to) * config.round_to)
+    return kept
+
+
+def _check(model: nn.Module, config: Any) -> ProbePruningConfig:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model={model!r} is no torch.nn.Module; load one with AutoModelForCausalLM")
+    if config is None:
+        config = ProbePruningConfig()
+    elif isinstance(config, dict):
+        config = ProbePruningConfig.from_dict(config)
+    elif not isinstance(config, ProbePruningConfig):
+        raise ConfigError(f"config={config!r} is not a ProbePruningConfig; give one, a dict or None")
+    if is_transformed(model):
+        raise StateError("model is already transformed; call pp_fx.restore(model) first")
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise UnsupportedModelError(f"parameter {meta} is on the meta device; load the weights before transform")
+    if model.training and _has_dropout(model):
+        raise StateError("model is in training mode with dropout; call model.eval() before transform")
+    return config
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return layers or bool(getattr(getattr(model, "config", None), "attention_dropout", 0))
+
+
+def _check_hooks(index: int, layer: nn.Module) -> None:
+    """The graph reads parameters directly and bypasses submodules: what lives on submodules would be lost."""
+    for name, module in layer.named_modules():
+        where = f"layer {index}{'.' + name if name else ''} ({type(module).__name__})"
+        if "forward" in module.__dict__:
+            raise UnsupportedModelError(f"{where} has its forward replaced (accelerate offload?); remove it first")
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
+
+
+def _structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, _Structure]:
+    calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
+    found: dict[tuple, _Structure] = {}
+    for i, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                runtime.register_eager_attention(module)
+        key = structure_key(layer)
+        if key in found:
+            continue
+        block = BlockGraph(capture_layer(model, layer, (calls[0][i], calls[1][i])))
+        probe_pruning()(block)
+        groups = {n.group.kind: n.group for n in block.inserted}
+        probes = {n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted}  # type: ignore[arg-type]
+        outputs = {kind: str(g.output.weight.target) for kind, g in groups.items()}
+        cls = block_class(type(layer), block.graph, outputs)
+        found[key] = _Structure(cls, groups, probes, block.groups.reasons)
+    return found
+
+
+def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
+    for kind, ratio in carried.items():
+        without = [s for s in structures if kind not in s.groups]
+        if ratio > 0 and without:
+            reasons = "; ".join(dict.fromkeys(r for s in without for r in s.reasons))
+            warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}", stacklevel=3)
+
+
+def _state(layer: nn.Module, group: Group, probe: Any, kept: int, config: ProbePruningConfig) -> GroupState:
+    weight = layer.get_parameter(str(group.output.weight.target))
+    extra: dict[str, Any] = {}
+    if isinstance(group, AttentionGroup):
+        extra = {"kv_head": group.kv_head, "attention_module": layer.get_submodule(group.core_module)}
+    return GroupState(group.kind, group.units, group.width, kept, config, weight, probe, **extra)
