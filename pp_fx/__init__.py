@@ -1,6 +1,7 @@
 """Probe Pruning for transformers models, as torch.fx graph passes (arXiv 2502.15618)."""
 
 from . import errors
+from .calibrate import calibrate
 from .config import ProbeConfig, ProbePruningConfig
 from .history import history_frozen
 from .transform import is_transformed, restore, transform
@@ -8,6 +9,7 @@ from .transform import is_transformed, restore, transform
 __all__ = [
     "ProbeConfig",
     "ProbePruningConfig",
+    "calibrate",
     "errors",
     "history_frozen",
     "is_transformed",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .capture import LAYER_INDEX
+from .groups import Group
 from .state import GroupState
 
 _PREFIX = "pp_"
@@ -37,6 +38,7 @@ class ProbePrunedLayer:
 
     graph: fx.Graph
     original_class: type[nn.Module]
+    groups: dict[str, Group]
     outputs: dict[str, str]
     """Group kind -> path of the output projection's weight."""
 
@@ -58,12 +60,13 @@ class ProbePrunedLayer:
         return self
 
 
-def block_class(layer_class: type[nn.Module], graph: fx.Graph, outputs: dict[str, str]) -> type:
+def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str, Group]) -> type:
     """The class for the layers of one structure."""
     body = {
         "graph": graph,
         "original_class": layer_class,
-        "outputs": outputs,
+        "groups": groups,
+        "outputs": {kind: str(group.output.weight.target) for kind, group in groups.items()},
         "forward": compile_graph(graph, layer_class.__name__),
         "__doc__": f"{layer_class.__name__} rewritten by pp_fx.",
     }

@@ -169,8 +169,7 @@ def _structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, _Structu
         probe_pruning()(block)
         groups = {n.group.kind: n.group for n in block.inserted}
         probes = {n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted}  # type: ignore[arg-type]
-        outputs = {kind: str(g.output.weight.target) for kind, g in groups.items()}
-        cls = block_class(type(layer), block.graph, outputs)
+        cls = block_class(type(layer), block.graph, groups)
         found[key] = _Structure(cls, groups, probes, block.groups.reasons)
     return found
 

@@ -1,0 +1,164 @@
+"""Calibration: fill the history from dense forward passes over sample text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, StateError
+from .state import GroupState, states_of
+from .transform import layers_of
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Any,
+    *,
+    tokenizer: Any = None,
+    length: int = 512,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> nn.Module:
+    """Set the history (paper, section 3.2) to the statistics of the dense model over the given batches.
+
+    Args:
+        model: a transformed model.
+        batches: one of: int64 [N, T] token ids (cut into batches of `batch_size`); an iterable (a DataLoader, a
+            list) of such tensors or of dicts of model inputs with `input_ids` and optionally `attention_mask`; a
+            text, or a list of texts, with `tokenizer`.
+        tokenizer: for texts; each text is cut into sequences of `length` tokens.
+        length: tokens per sequence of a text.
+        batch_size: sequences per batch of a tensor or of texts.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The same model. Its former history is replaced.
+
+    Raises:
+        StateError: the model is not transformed, or in training mode.
+        InputError: no batch, wrong type, sequence of length 0, token ids out of range, or activations that are not
+            finite. The history is left as it was.
+    """
+    layers_of(model)
+    if model.training:
+        raise StateError("model is in training mode; call model.eval() before calibrate")
+    prepared = _batches(batches, tokenizer, length, batch_size)
+    states = [s for s in states_of(model) if s.prunes]
+    before = [s.mode for s in states]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    try:
+        for state in states:
+            state.mode, state.sums = "calibrate", {}
+        count = 0
+        for index, batch in enumerate(_track(prepared, progress)):
+            inputs = _inputs(model, batch, index)
+            with torch.no_grad():
+                model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+            _check_finite(states, index)
+            count += 1
+        if count == 0:
+            raise InputError("batches is empty; give at least one batch of token ids")
+        for state in states:
+            _commit(state)
+    finally:
+        for state, mode in zip(states, before, strict=True):
+            state.mode, state.sums = mode, {}
+    return model
+
+
+def _track(batches: Any, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(batches) if hasattr(batches, "__len__") else None
+    return track(batches, "calibrate", total=total, console=Console(stderr=True), transient=True)
+
+
+def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size={batch_size!r} is not valid; give an integer >= 1")
+    if isinstance(batches, str):
+        batches = [batches]
+    if isinstance(batches, list | tuple) and batches and all(isinstance(b, str) for b in batches):
+        if tokenizer is None:
+            raise InputError("batches holds texts but tokenizer is None; give the model's tokenizer")
+        from .text import sequences
+
+        batches = torch.cat([sequences(text, tokenizer, None, length) for text in batches])
+    if isinstance(batches, Tensor):
+        if batches.ndim != 2:
+            raise InputError(f"batches has shape {tuple(batches.shape)}; give token ids of shape [N, T]")
+        return list(batches.split(batch_size)) if batches.shape[0] else []
+    if isinstance(batches, Mapping):
+        return [batches]
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches={type(batches).__name__} cannot be iterated; give tensors, dicts, texts or a loader")
+    return batches
+
+
+def _inputs(model: nn.Module, batch: Any, index: int) -> dict[str, Tensor]:
+    where = f"batches[{index}]"
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise InputError(f"{where} is {type(batch).__name__}; give token ids [B, T] or a dict with input_ids")
+    known = ("input_ids", "attention_mask", "position_ids")
+    inputs = {k: batch[k] for k in known if batch.get(k) is not None}
+    check_token_ids(model, inputs["input_ids"], f"{where} input_ids")
+    for key, value in inputs.items():
+        if value.shape != inputs["input_ids"].shape:
+            raise InputError(f"{where} {key} has shape {tuple(value.shape)}, not that of input_ids; pad them alike")
+    return inputs
+
+
+def check_token_ids(model: nn.Module, ids: Tensor, what: str) -> None:
+    """Token ids must be integers [B, T] within the vocabulary, with B and T at least 1.
+
+    Raises:
+        InputError: they are not.
+    """
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"{what} is {ids.dtype} of shape {tuple(ids.shape)}; give integer token ids [B, T]")
+    if 0 in ids.shape:
+        raise InputError(f"{what} has shape {tuple(ids.shape)}, no token at all; give sequences of length >= 1")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise InputError(f"{what} holds token id {bad}, out of range [0, {vocabulary}); use this model's tokenizer")
+
+
+def _check_finite(states: list[GroupState], index: int) -> None:
+    for state in states:
+        for value in state.sums.values():
+            if not bool(value.isfinite().all()):
+                raise InputError(
+                    f"batches[{index}] gives activations that are not finite (NaN or Inf) in {state.name}; "
+                    "leave the batch out or run the model in a wider dtype"
+                )
+
+
+def _commit(state: GroupState) -> None:
+    if state.energy is None or state.mean is None:
+        return
+    count = state.sums["count"]
+    total = count.sum()
+    if total == 0:
+        raise InputError("batches holds padding alone; give at least one real token")
+    energy = state.sums["energy"] / count.clamp(min=1).unsqueeze(-1)
+    with torch.inference_mode(False), torch.no_grad():
+        if state.energy.ndim == 2:
+            rows = min(len(energy), len(state.energy))
+            # positions never seen take the mean over the seen ones
+            state.energy.copy_((state.sums["energy"].sum(0) / total).expand_as(state.energy))
+            known = count[:rows] > 0
+            state.energy[:rows][known] = energy[:rows][known].to(state.energy.dtype)
+        else:
+            state.energy.copy_(energy)
+        state.mean.copy_(state.sums["mean"] / total)
+        state.seen.fill_(1.0)

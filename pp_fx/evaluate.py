@@ -1,0 +1,88 @@
+"""Perplexity and time of a model over token sequences."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .calibrate import check_token_ids
+from .errors import InputError
+
+_LOSS_CHUNK = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over N sequences.
+
+    Attributes:
+        nll: mean negative log-likelihood per token, in nats.
+        seconds: wall time of the forward passes (loss not counted).
+        per_sequence: fp32 [N], mean NLL of each sequence.
+    """
+
+    nll: float
+    seconds: float
+    per_sequence: Tensor
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, exp(nll)."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    def stderr_vs(self, other: Evaluation) -> float:
+        """Standard error of the mean NLL difference, paired by sequence; NaN for one sequence."""
+        difference = self.per_sequence - other.per_sequence
+        return (difference.std() / math.sqrt(len(difference))).item()
+
+    def to_dict(self) -> dict[str, float]:
+        """nll, ppl, seconds."""
+        return {"nll": self.nll, "ppl": self.ppl, "seconds": self.seconds}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, ids: Tensor, batch: int, *, forward: Any = None, progress: str | None = None):
+    """Teacher-forced perplexity: each sequence is one window, its first token is context only.
+
+    Args:
+        model: any causal language model in eval mode.
+        ids: int64 [N, T].
+        batch: sequences per forward pass. A transformed model selects once per batch.
+        forward: what to call instead of `model`, for example `torch.compile(model)`.
+        progress: label of a progress bar on stderr, or None.
+
+    Returns:
+        Evaluation.
+
+    Raises:
+        InputError: the ids or the batch size cannot be used.
+    """
+    check_token_ids(model, ids, "ids")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch={batch!r} is not valid; give an integer >= 1")
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    losses, seconds = [], 0.0
+    parts: Any = ids.split(batch)
+    if progress is not None:
+        from rich.console import Console
+        from rich.progress import track
+
+        parts = track(parts, progress, console=Console(stderr=True), transient=True)
+    for part in parts:
+        part = part.to(device)
+        start = time.perf_counter()
+        logits = (forward or model)(input_ids=part, use_cache=False).logits
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - start
+        for rows, targets in zip(logits.split(_LOSS_CHUNK), part.split(_LOSS_CHUNK), strict=True):
+            loss = F.cross_entropy(rows[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
+            losses.append(loss.view(len(rows), -1).mean(1).cpu())
+    per_sequence = torch.cat(losses)
+    return Evaluation(per_sequence.double().mean().item(), seconds, per_sequence)
