@@ -1,0 +1,194 @@
+"""Command line `pp-fx`: thin over the Python API."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .calibrate import calibrate
+from .config import ProbePruningConfig
+from .errors import InputError, PpFxError
+from .evaluate import evaluate
+from .history import history_frozen
+from .macs import count_macs, kept_per_layer
+from .models import EMBEDDED, load
+from .text import PYTHON_DOCS, read, sequences
+from .transform import transform
+
+app = typer.Typer(
+    help="Probe Pruning: run only the attention heads and MLP channels that a batch needs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CALIBRATION = (64, 512)
+
+Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to FILE; - is stdout.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Batch = Annotated[int, typer.Option(help="Sequences per forward pass; one selection is made per batch.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+
+@app.command()
+def demo(json_file: Json = None) -> None:
+    """Prune the embedded SmolLM2-135M per batch and show perplexity and time beside dense."""
+    console = _console(json_file)
+    console.print(
+        "Model: SmolLM2-135M-Instruct. Text: Python's own documentation, the first half for calibration, the second "
+        "for evaluation."
+    )
+    model, tokenizer = load(EMBEDDED, torch.bfloat16)
+    ids = sequences(read(PYTHON_DOCS), tokenizer, 40, 512)
+    result = run_eval(model, ids[20:], 20, ProbePruningConfig(), ids[:20], progress=json_file != "-")
+    _report({"model": EMBEDDED, **result}, json_file, console)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
+    calibration: Annotated[str | None, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}; none: probe alone.")] = None,
+    sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
+    length: Length = 512,
+    batch: Batch = 20,
+    dtype: Dtype = "bfloat16",
+    mlp_ratio: Annotated[float | None, typer.Option(help="Share of MLP channels dropped.")] = None,
+    attention_ratio: Annotated[float | None, typer.Option(help="Share of query heads dropped.")] = None,
+    preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
+    config: Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")] = None,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")] = False,
+    json_file: Json = None,
+) -> None:
+    """Perplexity and time of MODEL, dense and pruned, over a text."""
+    console = _console(json_file)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype={dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    texts = {"text": read(text)}
+    if calibration is not None:
+        texts["calibration"] = read(calibration)
+    loaded, tokenizer = load(model, _DTYPES[dtype])
+    ids = sequences(texts["text"], tokenizer, sequence_count, length)
+    sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
+    result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=json_file != "-")
+    _report({"model": model, **result}, json_file, console)
+
+
+def run_eval(
+    model: Any,
+    ids: torch.Tensor,
+    batch: int,
+    config: ProbePruningConfig,
+    calibration: torch.Tensor | None,
+    *,
+    compiled: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate dense, transform in place, calibrate, evaluate pruned; the dict that `--json` writes.
+
+    Compiled models are warmed up on the first batch with the history frozen, and measured frozen, so that `seconds`
+    excludes compilation.
+    """
+
+    def measure(label: str) -> Any:
+        forward = torch.compile(model, fullgraph=True) if compiled else None
+        if forward is not None:
+            with torch.no_grad(), history_frozen(model):
+                forward(input_ids=ids[:batch], use_cache=False)
+                return evaluate(model, ids, batch, forward=forward, progress=label if progress else None)
+        return evaluate(model, ids, batch, progress=label if progress else None)
+
+    dense = measure("dense")
+    transform(model, config)
+    if calibration is not None:
+        calibrate(model, calibration, progress=progress)
+    pruned = measure("pruned")
+    macs = count_macs(model, min(batch, len(ids)), ids.shape[1])
+    stderr = pruned.stderr_vs(dense) if len(ids) > 1 else None
+    return {
+        "config": config.to_dict(),
+        "tokens": ids.numel(),
+        "dense": dense.to_dict(),
+        "pruned": {**pruned.to_dict(), "nll_stderr_vs_dense": stderr},
+        "macs": {"dense": macs.dense, "pruned": macs.pruned, "probe": macs.probe},
+        "kept": kept_per_layer(model),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that the figures depend on."""
+    import transformers
+
+    return {
+        "pp_fx": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _settings(preset: str, config: str | None, mlp: float | None, attention: float | None) -> ProbePruningConfig:
+    if preset not in ("default", "paper"):
+        raise InputError(f"preset={preset!r} is unknown; choose default or paper")
+    given = {k: v for k, v in (("mlp_ratio", mlp), ("attention_ratio", attention)) if v is not None}
+    if config is not None:
+        if preset != "default":
+            raise InputError(f"config={config!r} and preset={preset!r} exclude each other; give one of them")
+        base = ProbePruningConfig.from_json(read(config)).to_dict()
+        return ProbePruningConfig.from_dict({**base, **given})
+    if preset == "paper":
+        ratio = given.pop("mlp_ratio", 0.4)
+        return ProbePruningConfig.paper(ratio, **given)
+    return ProbePruningConfig(**given)
+
+
+def _console(json_file: str | None) -> Console:
+    return Console(stderr=json_file == "-")
+
+
+def _report(result: dict[str, Any], json_file: str | None, console: Console) -> None:
+    if json_file == "-":
+        print(json.dumps(result, indent=2))
+    elif json_file is not None:
+        try:
+            Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"json={json_file!r} cannot be written ({error}); give a path in a folder") from None
+    dense, pruned, macs = result["dense"], result["pruned"], result["macs"]
+    table = Table(title=f"{result['model']}, {result['tokens']} tokens")
+    for column in ("", "perplexity", "nll", "seconds", "block MACs"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("dense", f"{dense['ppl']:.2f}", f"{dense['nll']:.4f}", f"{dense['seconds']:.2f}", "100%")
+    share, probe = macs["pruned"] / macs["dense"], macs["probe"] / macs["dense"]
+    table.add_row(
+        "pruned",
+        f"{pruned['ppl']:.2f}",
+        f"{pruned['nll']:.4f}",
+        f"{pruned['seconds']:.2f}",
+        f"{share:.1%} + {probe:.1%} probe",
+    )
+    if json_file != "-":
+        console.print(table)
+
+
+def main() -> None:
+    """Entry point: errors in one line, exit code 1."""
+    try:
+        app()
+    except PpFxError as error:
+        Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
