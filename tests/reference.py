@@ -1,0 +1,185 @@
+"""Probe Pruning on a Llama stack, written from the paper's equations (arXiv 2502.15618) in plain eager PyTorch.
+
+It shares no code with pp_fx: weights are read from a Hugging Face Llama, everything else is loops and formulas. fp32,
+one sample at a time where that is clearer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Settings:
+    mlp_kept: list[int]
+    heads_kept: list[int]
+    token_fraction: float
+    sample_fraction: float
+    min_positions: int
+    first: str
+    history: str | None
+    history_length: int = 512
+    epsilon: float = 0.0
+    momentum: float = 0.99
+    mix: float = 0.5
+    bias_mlp: bool = True
+    bias_attention: bool = False
+    history_rows: int = 256
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    kept: dict = field(default_factory=dict)
+    gap: float = math.inf
+
+
+class Reference:
+    def __init__(self, model, settings: Settings) -> None:
+        self.m, self.s, self.c = model, settings, model.config
+        self.head_dim = getattr(self.c, "head_dim", None) or self.c.hidden_size // self.c.num_attention_heads
+        self.energy: dict = {}
+        self.mean: dict = {}
+
+    # ------------------------------------------------------------------ Llama
+    def norm(self, x, weight):
+        return weight * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.c.rms_norm_eps))
+
+    def rotate(self, x, positions):
+        """x [n, heads, D] at integer positions [n]."""
+        half = self.head_dim // 2
+        theta = self.c.rope_parameters["rope_theta"]
+        angle = positions[:, None].float() * theta ** (-torch.arange(half).float() * 2 / self.head_dim)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def heads(self, layer, x, positions, real):
+        """Head outputs [n, heads * D] of one sample's rows x [n, H] at `positions`; padded keys are not seen."""
+        at, n = layer.self_attn, len(x)
+        q, k, v = (lin(x).view(n, -1, self.head_dim) for lin in (at.q_proj, at.k_proj, at.v_proj))
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        logits = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(self.head_dim)
+        seen = (positions[:, None] >= positions[None, :]) & real[None, :]
+        seen |= torch.eye(n, dtype=torch.bool)
+        weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", weights, v).reshape(n, -1)
+
+    def mlp(self, layer, x):
+        gate = layer.mlp.gate_proj(x)
+        return gate * torch.sigmoid(gate) * layer.mlp.up_proj(x)
+
+    # ------------------------------------------------------------------ the method
+    def rank(self, residual, real):
+        """Probe positions and samples: the rows with the largest residual norm."""
+        batch, length, _ = residual.shape
+        norms = (residual**2).sum(-1).sqrt() * real
+        count = min(length, max(self.s.min_positions, math.ceil(round(self.s.token_fraction * length, 9))))
+        by_position = (norms**2).sum(0).sqrt()
+        order = sorted(range(length), key=lambda t: -by_position[t].item())
+        self.note_gap(by_position[order], count)
+        picked = order[:count]
+        if 0 not in picked and (self.s.first == "always" or (self.s.first == "few" and count <= 10)):
+            picked[-1] = 0
+        picked = sorted(picked)
+        samples = min(batch, max(1, math.ceil(round(self.s.sample_fraction * batch, 9))))
+        by_sample = (norms[:, picked] ** 2).sum(1).sqrt()
+        order = sorted(range(batch), key=lambda b: -by_sample[b].item())
+        self.note_gap(by_sample[order], samples)
+        return torch.tensor(picked), torch.tensor(sorted(order[:samples]))
+
+    def note_gap(self, ordered, count):
+        if count < len(ordered):
+            best, next_best = ordered[count - 1].item(), ordered[count].item()
+            self.gap = min(self.gap, (best - next_best) / max(best, 1e-30))
+
+    def choose(self, key, z, real, positions, weight, kept, width):
+        """z [B', T', C] probe state -> kept units, most important `kept`, ascending."""
+        c = torch.zeros(z.shape[-1])
+        for t in range(z.shape[1]):
+            rows = z[:, t][real[:, t]]
+            if len(rows) == 0:
+                continue
+            p = (rows**2).mean(0)
+            if key in self.energy:
+                g = self.energy[key]
+                g = g[min(int(positions[t]), self.s.history_length - 1)] if g.ndim == 2 else g
+                total = p + g + self.s.epsilon
+                p = torch.where(total > 0, (p * p + g * g) / total.clamp(min=1e-38), 0)
+            c += p
+        column = ((weight**2) * c[None, :]).view(weight.shape[0], -1, width)
+        score = (column**2).sum((0, 2)).sqrt()
+        order = score.argsort(descending=True)
+        self.note_gap(score[order], kept)
+        return order[:kept].sort().values
+
+    def branch(self, index, kind, layer, residual, real, linear, units, kept, width, bias):
+        positions_all = torch.arange(residual.shape[1])
+        before = layer.input_layernorm.weight if kind == "attention" else layer.post_attention_layernorm.weight
+
+        def state(rows, positions, mask):
+            x = self.norm(rows, before)
+            return self.heads(layer, x, positions, mask) if kind == "attention" else self.mlp(layer, x)
+
+        full = torch.stack([state(residual[b], positions_all, real[b]) for b in range(len(residual))])
+        if kept >= units:
+            return linear(full)
+        key = (index, kind)
+        positions, samples = self.rank(residual, real)
+        z = torch.stack([state(residual[b][positions], positions, real[b][positions]) for b in samples])
+        valid = real[samples][:, positions]
+        chosen = self.choose(key, z, valid, positions, linear.weight, kept, width)
+        self.kept[key] = chosen
+        columns = (chosen[:, None] * width + torch.arange(width)).flatten()
+        dropped = torch.ones(units * width, dtype=torch.bool)
+        dropped[columns] = False
+        out = full[..., columns] @ linear.weight[:, columns].T
+        if linear.bias is not None:
+            out = out + linear.bias
+        probe_mean = z[valid].mean(0) if valid.any() else torch.zeros(units * width)
+        if bias:
+            mu = probe_mean
+            if key in self.mean:
+                mu = self.s.mix * self.mean[key] + (1 - self.s.mix) * probe_mean
+            out = out + linear.weight[:, dropped] @ mu[dropped]
+        self.update(key, full, real, columns, z, valid, probe_mean)
+        return out
+
+    def update(self, key, full, real, columns, z, valid, probe_mean):
+        if self.s.history != "channel":
+            return
+        flat, mask = full.flatten(0, 1), real.flatten()
+        step = math.ceil(len(flat) / self.s.history_rows)
+        rows = flat[::step][mask[::step]]
+        if len(rows) == 0:
+            return
+        energy, mean = (rows**2).mean(0)[columns], rows.mean(0)[columns]
+        if key not in self.energy:
+            self.energy[key], self.mean[key] = (z[valid] ** 2).mean(0), probe_mean.clone()
+            self.energy[key][columns], self.mean[key][columns] = energy, mean
+            return
+        m = self.s.momentum
+        self.energy[key][columns] = m * self.energy[key][columns] + (1 - m) * energy
+        self.mean[key][columns] = m * self.mean[key][columns] + (1 - m) * mean
+
+    @torch.no_grad()
+    def forward(self, ids, mask=None) -> Result:
+        """ids [B, T], mask [B, T] of 0 and 1 -> logits and kept units of every pruned branch."""
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.kept, self.gap = {}, math.inf
+        x = self.m.model.embed_tokens.weight[ids]
+        for i, layer in enumerate(self.m.model.layers):
+            heads, channels = self.c.num_attention_heads, self.c.intermediate_size
+            x = x + self.branch(
+                i, "attention", layer, x, real, layer.self_attn.o_proj, heads, self.s.heads_kept[i],
+                self.head_dim, self.s.bias_attention,
+            )  # fmt: skip
+            x = x + self.branch(
+                i, "mlp", layer, x, real, layer.mlp.down_proj, channels, self.s.mlp_kept[i], 1, self.s.bias_mlp
+            )
+        return Result(self.m.lm_head(self.norm(x, self.m.model.norm.weight)), self.kept, self.gap)
