@@ -57,7 +57,7 @@ class InsertProbe(Pass):
             )
 
 
-class extract_branch:  # noqa: N801  (reads as a verb where it is used)
+class extract_branch:
     """The branch residual -> state as a graph of its own.
 
     Attributes:

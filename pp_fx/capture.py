@@ -202,7 +202,7 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         for i in slots:
             tensor, other = leaves[i], others[i].shape
             varies = [d for d in range(tensor.ndim) if tensor.shape[d] != other[d]]
-            dynamic.append({d: torch.export.Dim.AUTO for d in varies})
+            dynamic.append(dict.fromkeys(varies, torch.export.Dim.AUTO))
             shape = list(tensor.shape)
             if tensor.ndim == 4 and {2, 3} <= set(varies):
                 shape[3] = _CACHED_LENGTH  # a [.., T, S] mask: S is the cached length

@@ -162,16 +162,16 @@ class ProbePruningConfig:
             attention_ratio: share of attention heads.
             **changes: any other field, for example `round_to=1`.
         """
-        settings: dict[str, Any] = dict(
-            mlp_ratio=ratio,
-            attention_ratio=ratio if attention_ratio is None else attention_ratio,
-            round_to=64,
-            ratio_digits=2,
-            probe=ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
-            history="position",
-            fusion_epsilon=1e-6,
-            mlp_compensation=None,
-        )
+        settings: dict[str, Any] = {
+            "mlp_ratio": ratio,
+            "attention_ratio": ratio if attention_ratio is None else attention_ratio,
+            "round_to": 64,
+            "ratio_digits": 2,
+            "probe": ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
+            "history": "position",
+            "fusion_epsilon": 1e-6,
+            "mlp_compensation": None,
+        }
         return cls(**{**settings, **changes})
 
     def layer_ratio(self, name: str, layers: int) -> float:

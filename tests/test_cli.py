@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pp_fx.cli import app
+from pp_fx.errors import PpFxError
+
+from .conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a byte-level tokenizer, saved as an ordinary transformers folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(layers=5).save_pretrained(path)
+    alphabet = "".join(chr(c) for c in range(32, 127))
+    vocabulary = {c: i for i, c in enumerate(["<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    return str(path)
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+def test_eval_writes_json_alone_to_stdout(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    result = run("eval", folder, "--text", str(text), "--sequences", "4", "--length", "64", "--batch", "2",
+                 "--mlp-ratio", "0.3", "--attention-ratio", "0.2", "--json", "-")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert set(data) == {"model", "config", "tokens", "dense", "pruned", "macs", "kept", "versions"}
+    assert data["tokens"] == 256
+    assert set(data["dense"]) == {"nll", "ppl", "seconds"}
+    assert set(data["pruned"]) == {"nll", "ppl", "seconds", "nll_stderr_vs_dense"}
+    assert data["macs"]["pruned"] < data["macs"]["dense"]
+    assert data["macs"]["probe"] > 0
+    assert data["kept"][0] == {"mlp": 96, "heads": 4}
+    assert data["kept"][4] == {"mlp": 48, "heads": 2}
+    assert data["pruned"]["nll"] != data["dense"]["nll"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--text", "/no/such/file"], "cannot be read"),
+        (["--text", "python-docs", "--mlp-ratio", "1.5"], "mlp_ratio=1.5"),
+        (["--text", "python-docs", "--dtype", "int4"], "dtype='int4'"),
+        (["--text", "python-docs", "--preset", "best"], "preset='best'"),
+        (["--text", "python-docs", "--sequences", "1000000"], "sequences=1000000"),
+        (["--text", "python-docs", "--length", "0"], "length=0"),
+    ],
+)
+def test_bad_input_names_argument_and_value(folder, args, message):
+    result = run("eval", folder, *args)
+    assert isinstance(result.exception, PpFxError)
+    assert message in str(result.exception)
+
+
+def test_errors_are_one_line_and_exit_code_1():
+    command = [sys.executable, "-m", "pp_fx.cli", "eval", "smollm2", "--text", "/no/such/file"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "/no/such/file" in done.stderr
+
+
+def test_import_stays_lean():
+    code = (
+        "import sys, pp_fx; "
+        "bad = [m for m in ('onnx', 'onnxruntime', 'matplotlib', 'datasets', 'typer') if m in sys.modules]; "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

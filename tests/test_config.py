@@ -1,0 +1,62 @@
+import math
+
+import pytest
+
+from pp_fx import ProbeConfig, ProbePruningConfig
+from pp_fx.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "config", [ProbePruningConfig(), ProbePruningConfig.paper(0.4), ProbePruningConfig(history=None)]
+)
+def test_json_round_trip(config):
+    assert ProbePruningConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mlp_ratio", 1.0),
+        ("mlp_ratio", -0.1),
+        ("mlp_ratio", math.nan),
+        ("mlp_ratio", "0.4"),
+        ("mlp_ratio", True),
+        ("attention_ratio", math.inf),
+        ("skip_layers", -1),
+        ("skip_layers", 1.5),
+        ("round_to", 0),
+        ("probe", {"token_fraction": 0.5}),
+        ("history", "tokens"),
+        ("momentum", 1.1),
+        ("freeze_history", 1),
+        ("score", "best"),
+        ("score", ["ppsp"]),
+        ("mlp_compensation", "median"),
+        ("version", 2),
+    ],
+)
+def test_bad_values_name_field_and_value(field, value):
+    with pytest.raises(ConfigError) as caught:
+        ProbePruningConfig(**{field: value})
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", ["[]", "{", '{"ratio": 1}', '{"version": 99}', '{"probe": {"rows": 1}}', '{"probe": 3}']
+)
+def test_bad_json_is_refused(data):
+    with pytest.raises(ConfigError):
+        ProbePruningConfig.from_json(data)
+
+
+def test_layer_ratio_is_the_mean_over_all_layers():
+    assert ProbePruningConfig(mlp_ratio=0.4).layer_ratio("mlp_ratio", 30) == pytest.approx(0.4 * 30 / 27)
+    assert ProbePruningConfig.paper(0.4).layer_ratio("mlp_ratio", 30) == 0.44
+    with pytest.raises(ConfigError, match=r"0\.95"):
+        ProbePruningConfig(mlp_ratio=0.9).layer_ratio("mlp_ratio", 12)
+
+
+@pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 3), (64, 4), (512, 13), (1000, 25), (1001, 26)])
+def test_probe_budget(length, positions):
+    assert ProbeConfig().positions(length) == positions
