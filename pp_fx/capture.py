@@ -7,10 +7,13 @@ no baked dtype, sizes read from `hidden_states`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,7 +91,7 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: in
     try:
         for i, layer in enumerate(layers):
             layer.__dict__["forward"] = recorder(i)
-        with torch.no_grad():
+        with torch.no_grad(), _hooks_silenced(model):
             model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
     finally:
         for layer in layers:
@@ -96,6 +99,20 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: in
     if len(calls) != len(layers):
         raise CaptureError(f"the model called {len(calls)} of its {len(layers)} layers; it cannot be captured")
     return [calls[i] for i in range(len(layers))]
+
+
+@contextlib.contextmanager
+def _hooks_silenced(model: nn.Module) -> Iterator[None]:
+    """The user's forward hooks must not see the recording calls."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    before = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if m.__dict__[name]]
+    try:
+        for module, name, _ in before:
+            module.__dict__[name] = OrderedDict()
+        yield
+    finally:
+        for module, name, hooks in before:
+            module.__dict__[name] = hooks
 
 
 def structure_key(layer: nn.Module) -> tuple:

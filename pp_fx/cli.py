@@ -140,7 +140,7 @@ def versions() -> dict[str, str]:
 def _settings(preset: str, config: str | None, mlp: float | None, attention: float | None) -> ProbePruningConfig:
     if preset not in ("default", "paper"):
         raise InputError(f"preset={preset!r} is unknown; choose default or paper")
-    given = {k: v for k, v in (("mlp_ratio", mlp), ("attention_ratio", attention)) if v is not None}
+    given: dict[str, Any] = {k: v for k, v in (("mlp_ratio", mlp), ("attention_ratio", attention)) if v is not None}
     if config is not None:
         if preset != "default":
             raise InputError(f"config={config!r} and preset={preset!r} exclude each other; give one of them")

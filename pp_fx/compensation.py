@@ -1,4 +1,4 @@
-"""What stands in for the dropped channels, by registry name. A compensation is a vector added to the branch's output."""
+"""What stands in for the dropped channels: a vector added to the branch's output, by registry name."""
 
 from __future__ import annotations
 

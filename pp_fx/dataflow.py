@@ -48,7 +48,10 @@ def cone(targets: Iterable[fx.Node], stops: set[fx.Node]) -> tuple[set[fx.Node],
 
 
 def residual_stream(graph: fx.Graph, walls: set[fx.Node]) -> list[fx.Node]:
-    """[B, T, H] nodes on a path from hidden_states to the output that crosses no wall (projection, attention, cache)."""
+    """[B, T, H] nodes on a path from hidden_states to the output that crosses no wall.
+
+    Walls are projections, attention cores and cache updates.
+    """
     hidden = next(iter(graph.nodes))
     forward = {hidden}
     for node in graph.nodes:

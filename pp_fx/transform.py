@@ -93,6 +93,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
             done.append(layer)
             install(layer, cls, i, states)
         model.__dict__[CONFIG] = config
+        model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
         for layer in done:
             if isinstance(layer, ProbePrunedLayer):
@@ -110,6 +111,9 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in layers_of(model):
         uninstall(layer)
     model.__dict__.pop(CONFIG, None)
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _refuse_attention_weights]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
     return model
 
 
@@ -119,6 +123,15 @@ def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
     if group.kind == "mlp" and ratio > 0:
         kept = min(group.units, -(-kept // config.round_to) * config.round_to)
     return kept
+
+
+def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The rewritten layers do not call the attention modules, whose outputs transformers would collect."""
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(model.config, "output_attentions", False)):
+        raise StateError(
+            "output_attentions=True cannot be served by a transformed model; leave it out or call pp_fx.restore(model)"
+        )
 
 
 def _check(model: nn.Module, config: Any) -> ProbePruningConfig:

@@ -45,7 +45,7 @@ def test_eval_writes_json_alone_to_stdout(folder, tmp_path):
     assert data["macs"]["pruned"] < data["macs"]["dense"]
     assert data["macs"]["probe"] > 0
     assert data["kept"][0] == {"mlp": 96, "heads": 4}
-    assert data["kept"][4] == {"mlp": 48, "heads": 2}
+    assert data["kept"][4] == {"mlp": 32, "heads": 2}
     assert data["pruned"]["nll"] != data["dense"]["nll"]
 
 

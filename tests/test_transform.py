@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import pytest
 import torch
@@ -128,8 +129,7 @@ def test_transform_under_inference_mode_leaves_no_inference_tensors(llama, ids):
 
 
 def test_a_failed_transform_leaves_the_model_untouched(llama, ids, monkeypatch):
-    from pp_fx import transform as module
-
+    module = importlib.import_module("pp_fx.transform")
     dense, real_install, calls = logits(llama, ids), module.install, []
 
     def failing(*args):
@@ -146,15 +146,9 @@ def test_a_failed_transform_leaves_the_model_untouched(llama, ids, monkeypatch):
 
 
 def test_bad_models_are_refused_by_name(llama):
-    small = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "vocab_size": 50,
-    }
+    bert = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     with pytest.raises(errors.UnsupportedModelError, match="BertForMaskedLM"):
-        pp_fx.transform(BertForMaskedLM(BertConfig(**small)).eval())
+        pp_fx.transform(BertForMaskedLM(bert).eval())
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=50))
     with pytest.raises(errors.UnsupportedModelError, match="encoder-decoder"):
         pp_fx.transform(t5.eval())
@@ -181,3 +175,12 @@ def test_bad_states_are_refused_with_the_remedy(llama):
     hooked.model.layers[2].mlp.register_forward_hook(lambda *a: None)
     with pytest.raises(errors.UnsupportedModelError, match=r"layer 2\.mlp"):
         pp_fx.transform(hooked, PRUNED)
+
+
+def test_attention_weights_cannot_be_had_and_say_so(ids):
+    model = tiny_llama(attention="eager")
+    pp_fx.transform(model, PRUNED)
+    with pytest.raises(errors.StateError, match=r"output_attentions=True.*pp_fx\.restore"):
+        logits(model, ids, output_attentions=True)
+    pp_fx.restore(model)
+    assert len(model(ids, output_attentions=True).attentions) == 3
