@@ -31,7 +31,7 @@ class Projection:
 
     @classmethod
     def of(cls, node: fx.Node) -> Projection:
-        return cls(node, *node.args[:2], node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
+        return cls(node, *node.args[:2], node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type,call-arg]
 
     @property
     def out_features(self) -> int:

@@ -84,7 +84,8 @@ def recording(configs: list[Any]) -> Iterator[list[Site]]:
     """Route attention of modules with these configs to the marker; yields the list that collects the sites."""
     global _sites
     before = [(c, c._attn_implementation_internal) for c in configs]
-    _sites = sites = []
+    sites: list[Site] = []
+    _sites = sites
     try:
         for config in configs:
             config._attn_implementation_internal = IMPLEMENTATION
