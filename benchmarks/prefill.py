@@ -3,7 +3,7 @@
 One thread and CPU time (`time.thread_time`) by default, because barriers on a busy machine make wall time of several
 threads meaningless; wall time is reported beside. Every layer is compiled on its own (`layer.compile(fullgraph=True)`).
 
-    python benchmarks/prefill.py --json benchmarks/results/prefill.json
+    python benchmarks/prefill.py --batch 4 --length 512 --json prefill.json
 """
 
 from __future__ import annotations
