@@ -22,7 +22,7 @@ class InsertCompensation(Pass):
                         nodes["rows"],
                         output.args[2],
                         block.argument("past_key_values"),
-                        nodes["layer_index"],
+                        nodes["layer"],
                     ),
                     inserted.name("compensation"),
                 )

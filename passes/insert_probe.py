@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from .. import probe, runtime
-from ..capture import LAYER_INDEX
+from ..capture import LAYER
 from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_parameter, shape
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
@@ -27,8 +27,8 @@ class InsertProbe(Pass):
         hidden = next(iter(block.graph.nodes))
         first_call = next(n for n in block.graph.nodes if n.op == "call_function")
         with block.graph.inserting_before(first_call):
-            index = block.graph.get_attr(LAYER_INDEX)
-            args = (hidden, block.argument("attention_mask"), block.argument("past_key_values"), index)
+            layer = block.graph.get_attr(LAYER)
+            args = (hidden, block.argument("attention_mask"), block.argument("past_key_values"), layer)
             block.real_rows = block.call(runtime.real_rows, args, "real_rows")
 
     def _insert(self, block: BlockGraph, inserted: GroupNodes) -> None:
@@ -37,11 +37,11 @@ class InsertProbe(Pass):
         inserted.probe_graph = extracted.graph
         with block.graph.inserting_before(group.inputs[0].node):
             nodes["state"] = block.graph.get_attr(f"pp_{group.kind}")
-            nodes["layer_index"] = block.graph.get_attr(LAYER_INDEX)
+            nodes["layer"] = block.graph.get_attr(LAYER)
             cache = block.argument("past_key_values")
             nodes["rows"] = block.call(
                 probe.choose_rows,
-                (nodes["state"], group.residual, block.real_rows, cache, nodes["layer_index"]),
+                (nodes["state"], group.residual, block.real_rows, cache, nodes["layer"]),
                 inserted.name("probe_rows"),
             )
             taken = [

@@ -16,6 +16,6 @@ class InsertSelection(Pass):
                 args = (nodes["state"], nodes["probe_state"], nodes["rows"])
                 nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
             with block.graph.inserting_after(nodes["score"]):
-                chosen = (nodes["state"], nodes["score"], cache, nodes["layer_index"])
+                chosen = (nodes["state"], nodes["score"], cache, nodes["layer"])
                 nodes["kept"] = block.call(selection.choose_units, chosen, inserted.name("kept"))
         return PassResult(len(block.inserted))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import LAYER_INDEX
+from .capture import LAYER
 from .groups import Group
+from .runtime import LayerIndex
 from .state import GroupState
 
 _PREFIX = "pp_"
@@ -75,7 +76,7 @@ def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str,
 
 def install(layer: nn.Module, cls: type, index: int, states: dict[str, GroupState]) -> None:
     """Turn `layer` into a block of class `cls`, in place."""
-    layer.__dict__[LAYER_INDEX] = index
+    layer.__dict__[LAYER] = LayerIndex(index)
     for kind, state in states.items():
         layer.add_module(_PREFIX + kind, state)
     layer.__class__ = cls  # type: ignore[assignment]
@@ -95,7 +96,7 @@ def uninstall(layer: nn.Module) -> None:
     hooks = layer._load_state_dict_post_hooks
     for key in [k for k, hook in hooks.items() if hook is _refresh_after_load]:
         del hooks[key]
-    layer.__dict__.pop(LAYER_INDEX, None)
+    layer.__dict__.pop(LAYER, None)
     layer.__class__ = layer.original_class  # type: ignore[assignment]
 
 

@@ -31,8 +31,8 @@ aten = torch.ops.aten
 # In fp32 `x.to(float32)` would vanish from the trace; in bf16 nothing is upcast silently.
 _CAPTURE_DTYPE = torch.bfloat16
 _CACHED_LENGTH = 23
-LAYER_INDEX = "pp_layer_index"
-"""Attribute of a block that holds its index, so that one graph serves all layers of one structure."""
+LAYER = "pp_layer"
+"""Attribute of a block that holds its `runtime.LayerIndex`."""
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -314,8 +314,8 @@ class _Cleaner:
             self.env[node] = self._shared[str(node.meta["val"])]
         elif node.target is markers.KV_UPDATE:
             k, v = (self.env[a] for a in node.args[:2])
-            index = self.graph.get_attr(LAYER_INDEX)
-            self._put(node, self.graph.call_function(runtime.kv_update, (self.cache, k, v, index)))
+            layer = self.graph.get_attr(LAYER)
+            self._put(node, self.graph.call_function(runtime.kv_update, (self.cache, k, v, layer)))
         elif node.target is markers.ATTENTION:
             self._attention(node)
         else:

@@ -26,7 +26,7 @@ class ProbeRows(NamedTuple):
     real: Tensor | None
 
 
-def choose_rows(state: GroupState, residual: Tensor, real: Tensor | None, cache, layer_index: int) -> ProbeRows | None:
+def choose_rows(state: GroupState, residual: Tensor, real: Tensor | None, cache, layer) -> ProbeRows | None:
     """Rank positions, then samples, by the norm of the residual [B, T, H]; padded rows rank last.
 
     Returns:
@@ -36,7 +36,7 @@ def choose_rows(state: GroupState, residual: Tensor, real: Tensor | None, cache,
     batch, length = residual.shape[0], residual.shape[1]
     if not state.prunes or state.mode == "calibrate":
         return None
-    if length < state.config.min_select_tokens and stored(cache, layer_index, state.name) is not None:
+    if length < state.config.min_select_tokens and stored(cache, layer, state.name) is not None:
         return None
     settings = state.config.probe
     norm = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)

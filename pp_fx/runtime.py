@@ -45,9 +45,19 @@ def attention(module, q, k, v, mask, forwarded, **kwargs):
     return _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
 
-def kv_update(cache, k, v, layer_idx):
+class LayerIndex:
+    """A layer's index in the KV cache, read only when there is a cache.
+
+    torch.compile guards on what a function reads; so without a cache all layers share one compiled block.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def kv_update(cache, k, v, layer):
     """`past_key_values.update`, or the keys and values themselves without a cache."""
-    return (k, v) if cache is None else cache.update(k, v, layer_idx)
+    return (k, v) if cache is None else cache.update(k, v, layer.index)
 
 
 class PrunedAttentionView:
@@ -90,7 +100,7 @@ def probe_attention(module, q, k, v, mask, **kwargs):
     return call(module, q, k, v, mask, **kwargs)[0]
 
 
-def real_rows(hidden_states, attention_mask, cache, layer_idx):
+def real_rows(hidden_states, attention_mask, cache, layer):
     """Which rows hold a real token: bool [B, T], or None when all do.
 
     A position is real if it may attend to itself. Taken from the mask as the block receives it: None, [B, S] (flash
@@ -109,7 +119,7 @@ def real_rows(hidden_states, attention_mask, cache, layer_idx):
     length = hidden_states.shape[1]
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:] != 0
-    start = 0 if cache is None else cache.get_seq_length(layer_idx)
+    start = 0 if cache is None else cache.get_seq_length(layer.index)
     own = torch.arange(length, device=attention_mask.device) + start
     own = own.view(1, length, 1).expand(attention_mask.shape[0], length, 1)
     diagonal = attention_mask[:, 0].gather(2, own).squeeze(2)

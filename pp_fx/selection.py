@@ -12,24 +12,25 @@ from .scores import SCORES
 
 if TYPE_CHECKING:
     from .probe import ProbeRows
+    from .runtime import LayerIndex
     from .state import GroupState
 
 _ATTRIBUTE = "pp_fx_selection"
 
 
-def stored(cache: Any, layer_index: int, name: str) -> Any:
+def stored(cache: Any, layer: LayerIndex, name: str) -> Any:
     """What `store` put on this KV cache for a layer's group, or None."""
     selections = getattr(cache, _ATTRIBUTE, None)
-    return None if selections is None else selections.get((layer_index, name))
+    return None if selections is None else selections.get((layer.index, name))
 
 
-def store(cache: Any, layer_index: int, name: str, value: Any) -> None:
+def store(cache: Any, layer: LayerIndex, name: str, value: Any) -> None:
     """Keep a selection with the generation it belongs to: on its KV cache, never on the module."""
     if cache is None:
         return
     if getattr(cache, _ATTRIBUTE, None) is None:
         setattr(cache, _ATTRIBUTE, {})
-    getattr(cache, _ATTRIBUTE)[(layer_index, name)] = value
+    getattr(cache, _ATTRIBUTE)[(layer.index, name)] = value
 
 
 def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
@@ -60,12 +61,12 @@ def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> 
     return SCORES[state.config.score](importance, state.column_norm)
 
 
-def choose_units(state: GroupState, scores: Tensor | None, cache: Any, layer_index: int) -> Tensor | None:
+def choose_units(state: GroupState, scores: Tensor | None, cache: Any, layer: LayerIndex) -> Tensor | None:
     """The kept units, int64 [kept_units] ascending; the cache's selection without scores; None means all (dense)."""
     if scores is None:
-        return None if not state.prunes or state.mode == "calibrate" else stored(cache, layer_index, state.name)
+        return None if not state.prunes or state.mode == "calibrate" else stored(cache, layer, state.name)
     kept = scores.topk(state.kept_units).indices.sort().values
-    store(cache, layer_index, state.name, kept)
+    store(cache, layer, state.name, kept)
     return kept
 
 
@@ -76,7 +77,7 @@ def compensate(
     rows: ProbeRows | None,
     weight: Tensor,
     cache: Any,
-    layer_index: int,
+    layer: LayerIndex,
 ) -> Tensor | None:
     """The vector [H] that stands in for the dropped units; computed with the selection and kept with it."""
     from .probe import probe_channel_moment
@@ -85,8 +86,8 @@ def compensate(
         return None
     key = f"{state.name}_compensation"
     if z is None or rows is None:
-        return stored(cache, layer_index, key)
+        return stored(cache, layer, key)
     call = COMPENSATIONS[state.compensation]
     vector = call(state, state.columns_of(kept), probe_channel_moment(z, rows, 1), weight)
-    store(cache, layer_index, key, vector)
+    store(cache, layer, key, vector)
     return vector
