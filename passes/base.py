@@ -16,11 +16,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GroupNodes:
-    """Nodes that passes inserted for one group, by role: `state`, `rows`, `residual`, `probe_state`, `kept`, ..."""
+    """Nodes that passes inserted for one group, by role: `state`, `rows`, `probe_state`, `kept`, ...
+
+    `reprobes`: whether the group can be probed again while decoding (its probe reads nothing but the residual).
+    """
 
     group: Group
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     probe_graph: fx.Graph | None = None
+    reprobes: bool = False
 
     def name(self, role: str) -> str:
         return f"{self.group.kind}_{role}"
@@ -33,6 +37,8 @@ class BlockGraph:
     graph: fx.Graph
     groups: Groups = field(default_factory=Groups)
     inserted: list[GroupNodes] = field(default_factory=list)
+    layer: fx.Node | None = None
+    plan: fx.Node | None = None
     real_rows: fx.Node | None = None
 
     def argument(self, name: str) -> fx.Node | None:

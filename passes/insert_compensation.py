@@ -21,10 +21,8 @@ class InsertCompensation(Pass):
                         nodes["probe_state"],
                         nodes["rows"],
                         output.args[2],
-                        block.argument("past_key_values"),
-                        nodes["layer"],
                     ),
                     inserted.name("compensation"),
                 )
-            output.args = (*output.args[:5], vector)
+            output.args = (*output.args[:-1], vector)
         return PassResult(len(block.inserted))

@@ -20,6 +20,7 @@ class InsertHistory(Pass):
                     block.real_rows,
                     nodes["probe_state"],
                     nodes["rows"],
+                    block.plan,
                 )
                 nodes["history"] = block.call(history.update_history, args, inserted.name("history"))
         return PassResult(len(block.inserted))

@@ -4,7 +4,7 @@ import operator
 
 from torch import fx
 
-from .. import probe, runtime
+from .. import plan, probe, runtime
 from ..capture import LAYER
 from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_parameter, shape
 from .base import BlockGraph, GroupNodes, Pass, PassResult
@@ -18,17 +18,19 @@ class InsertProbe(Pass):
 
     def call(self, block: BlockGraph) -> PassResult:
         if block.inserted:
-            self._insert_real_rows(block)
+            self._insert_plan(block)
         for inserted in block.inserted:
             self._insert(block, inserted)
         return PassResult(len(block.inserted))
 
-    def _insert_real_rows(self, block: BlockGraph) -> None:
+    def _insert_plan(self, block: BlockGraph) -> None:
         hidden = next(iter(block.graph.nodes))
         first_call = next(n for n in block.graph.nodes if n.op == "call_function")
         with block.graph.inserting_before(first_call):
-            layer = block.graph.get_attr(LAYER)
-            args = (hidden, block.argument("attention_mask"), block.argument("past_key_values"), layer)
+            block.layer = block.graph.get_attr(LAYER)
+            args = (block.layer, hidden, block.argument("past_key_values"))
+            block.plan = block.call(plan.plan_call, args, "plan")
+            args = (hidden, block.argument("attention_mask"), block.plan, block.layer)
             block.real_rows = block.call(runtime.real_rows, args, "real_rows")
 
     def _insert(self, block: BlockGraph, inserted: GroupNodes) -> None:
@@ -37,16 +39,17 @@ class InsertProbe(Pass):
         inserted.probe_graph = extracted.graph
         with block.graph.inserting_before(group.inputs[0].node):
             nodes["state"] = block.graph.get_attr(f"pp_{group.kind}")
-            nodes["layer"] = block.graph.get_attr(LAYER)
-            cache = block.argument("past_key_values")
-            nodes["rows"] = block.call(
-                probe.choose_rows,
-                (nodes["state"], group.residual, block.real_rows, cache, nodes["layer"]),
-                inserted.name("probe_rows"),
-            )
+            source = group.residual
+            if not extracted.row_inputs and not extracted.has_core:  # else a re-probe would need more than the residual
+                inserted.reprobes = True
+                source = block.call(
+                    probe.probe_source, (nodes["state"], source, block.plan), inserted.name("probe_source")
+                )
+            args = (nodes["state"], source, block.real_rows, block.plan)
+            nodes["rows"] = block.call(probe.choose_rows, args, inserted.name("probe_rows"))
             taken = [
                 block.call(probe.take_rows, (n, nodes["rows"]), inserted.name(f"probe_{label}"))
-                for label, n in [("residual", group.residual), *((n.name, n) for n in extracted.row_inputs)]
+                for label, n in [("residual", source), *((n.name, n) for n in extracted.row_inputs)]
             ]
             if extracted.has_core:
                 mask = block.call(probe.probe_mask, (nodes["rows"], taken[0]), inserted.name("probe_mask"))

@@ -11,11 +11,11 @@ class InsertSelection(Pass):
 
     def call(self, block: BlockGraph) -> PassResult:
         for inserted in block.inserted:
-            nodes, cache = inserted.nodes, block.argument("past_key_values")
+            nodes = inserted.nodes
             with block.graph.inserting_after(nodes["probe_state"]):
                 args = (nodes["state"], nodes["probe_state"], nodes["rows"])
                 nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
             with block.graph.inserting_after(nodes["score"]):
-                chosen = (nodes["state"], nodes["score"], cache, nodes["layer"])
+                chosen = (nodes["state"], nodes["score"], block.plan, block.layer)
                 nodes["kept"] = block.call(selection.choose_units, chosen, inserted.name("kept"))
         return PassResult(len(block.inserted))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .capture import LAYER
 from .groups import Group
-from .runtime import LayerIndex
+from .plan import LayerInfo
 from .state import GroupState
 
 _PREFIX = "pp_"
@@ -48,7 +48,8 @@ class ProbePrunedLayer:
         return {kind: getattr(self, _PREFIX + kind) for kind in self.outputs}
 
     def refresh(self) -> None:
-        """Bring memory layout and column norms in line with the present weights."""
+        """Bring memory layout and column norms in line with the present weights; selections made before are void."""
+        self.__dict__[LAYER].version += 1
         for kind, state in self.states().items():
             weight = self.get_parameter(self.outputs[kind])  # type: ignore[attr-defined]
             if state.prunes:
@@ -74,9 +75,9 @@ def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str,
     return type(f"ProbePruned{layer_class.__name__}", (ProbePrunedLayer, layer_class), body)
 
 
-def install(layer: nn.Module, cls: type, index: int, states: dict[str, GroupState]) -> None:
+def install(layer: nn.Module, cls: type, info: LayerInfo, states: dict[str, GroupState]) -> None:
     """Turn `layer` into a block of class `cls`, in place."""
-    layer.__dict__[LAYER] = LayerIndex(index)
+    layer.__dict__[LAYER] = info
     for kind, state in states.items():
         layer.add_module(_PREFIX + kind, state)
     layer.__class__ = cls  # type: ignore[assignment]

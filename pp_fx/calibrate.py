@@ -162,3 +162,4 @@ def _commit(state: GroupState) -> None:
             state.energy.copy_(energy)
         state.mean.copy_(state.sums["mean"] / total)
         state.seen.fill_(1.0)
+    state.calibrated = True

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 _CAPTURE_DTYPE = torch.bfloat16
 _CACHED_LENGTH = 23
 LAYER = "pp_layer"
-"""Attribute of a block that holds its `runtime.LayerIndex`."""
+"""Attribute of a block that holds its `plan.LayerInfo`."""
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

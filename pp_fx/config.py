@@ -12,6 +12,7 @@ from .errors import ConfigError
 
 VERSION = 1
 _HISTORY_KINDS = ("channel", "position", None)
+_DECODE = ("sticky", "dense", "probe")
 _FIRST_POSITION = ("always", "few", "never")
 
 
@@ -56,7 +57,7 @@ class ProbeConfig:
 
     token_fraction: float = 0.025
     sample_fraction: float = 1.0
-    min_positions: int = 4
+    min_positions: int = 2
     first_position: str = "always"
 
     def __post_init__(self) -> None:
@@ -101,7 +102,19 @@ class ProbePruningConfig:
         mlp_compensation, attention_compensation: registry name of what stands in for the dropped channels, see
             `pp_fx.compensation`, or None.
         compensation_mix: share of the history (against the probe) in the dropped channels' mean, in [0, 1].
-        min_select_tokens: a call with fewer tokens on a KV cache that already holds a selection reuses it.
+        min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
+            selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
+            (a probe would cost more than its share), else by its probe.
+        decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels) or "probe"
+            (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
+            attention heads stay).
+        reprobe_every: decoded tokens between two probes of decode="probe" or of the drift guard; a window of their
+            residual is kept with the selection.
+        drift_threshold: with decode="sticky", the drift guard: every `reprobe_every` decoded tokens these are
+            probed, and where less than this share of their selection is in the present one, it replaces it. In
+            (0, 1], or None for no guard.
+        compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
+            other layers gather at every step. None: no limit; 0: keep only the indices.
         version: of this schema.
 
     Raises:
@@ -125,6 +138,10 @@ class ProbePruningConfig:
     attention_compensation: str | None = None
     compensation_mix: float = 0.5
     min_select_tokens: int = 32
+    decode: str = "sticky"
+    reprobe_every: int = 32
+    drift_threshold: float | None = None
+    compact_megabytes: float | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -150,6 +167,22 @@ class ProbePruningConfig:
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)
         _integer("min_select_tokens", self.min_select_tokens, 1)
+        _choice("decode", self.decode, _DECODE)
+        _integer("reprobe_every", self.reprobe_every, 1)
+        if self.drift_threshold is not None:
+            _number("drift_threshold", self.drift_threshold, 0, 1)
+            if self.decode != "sticky":
+                raise ConfigError(
+                    f"drift_threshold={self.drift_threshold} has no meaning with decode={self.decode!r}; leave it None "
+                    "or choose decode='sticky'"
+                )
+        if self.compact_megabytes is not None:
+            _number("compact_megabytes", self.compact_megabytes, 0, math.inf)
+        if self.reprobes and self.history == "position":
+            raise ConfigError(
+                "history='position' cannot serve re-probes while decoding, whose rows have no position of their own; "
+                "choose history='channel' or None, or decode='sticky' without drift_threshold"
+            )
         if self.version != VERSION or isinstance(self.version, bool):
             raise ConfigError(f"version={self.version!r} is unknown; this pp_fx reads version {VERSION}")
 
@@ -200,6 +233,11 @@ class ProbePruningConfig:
                 f"{layers - self.skip_layers} layers, more than 0.95; lower {name} or skip_layers"
             )
         return carried
+
+    @property
+    def reprobes(self) -> bool:
+        """Whether decoding probes again."""
+        return self.decode == "probe" or self.drift_threshold is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON types."""

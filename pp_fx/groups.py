@@ -71,6 +71,11 @@ class Group:
     def state(self) -> fx.Node:
         return self.output.x
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Paths of the weights that are gathered, inside the layer."""
+        return tuple(str(p.weight.target) for p in (*self.inputs, self.output))
+
 
 @dataclass(frozen=True)
 class MlpGroup(Group):

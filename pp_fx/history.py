@@ -13,14 +13,22 @@ from .probe import probe_channel_moment, probe_moment
 from .state import states_of
 
 if TYPE_CHECKING:
+    from .cache import Selection
+    from .plan import Plan
     from .probe import ProbeRows
     from .state import GroupState
 
 
 def update_history(
-    state: GroupState, z: Tensor, kept: Tensor | None, real: Tensor | None, probe: Tensor | None, rows: ProbeRows | None
+    state: GroupState,
+    z: Tensor,
+    selection: Selection | None,
+    real: Tensor | None,
+    probe: Tensor | None,
+    rows: ProbeRows | None,
+    plan: Plan,
 ) -> None:
-    """Moving average of z and z^2 of the channels that ran; called once per selecting forward.
+    """Moving average of z and z^2 of the channels that ran; called once per probing call.
 
     The first batch starts the history: with the probe's statistics for the dropped channels. A batch whose
     statistics are not finite, or without a real row, leaves the history as it was.
@@ -30,15 +38,17 @@ def update_history(
         real: bool [B, T] or None.
         probe: probe state [B', T', C] or None.
     """
+    if not plan.selects:
+        return
     if state.mode == "calibrate":
         if state.prunes:
             _accumulate(state, z, real)
         return
     if state.energy is None or state.mean is None or state.mode == "frozen":
         return
-    if kept is None or probe is None or rows is None:
+    if selection is None or probe is None or rows is None:
         return
-    columns = state.columns_of(kept)
+    columns = selection.columns
     z, probe = z.detach(), probe.detach()
     if state.energy.ndim == 1:
         flat, mask = _spaced_rows(z, real, state.config.history_rows)
@@ -58,6 +68,8 @@ def update_history(
     finite = energy.isfinite().all() & mean.isfinite().all() & any_row.any()
     base_energy = torch.where(seen, target, first_energy)
     base_mean = torch.where(seen, state.mean, probe_channel_moment(probe, rows, 1))
+    if plan.empty is not None:
+        finite = finite & plan.empty
     finite = finite & base_energy.isfinite().all() & base_mean.isfinite().all()
     target.copy_(torch.where(finite, base_energy.index_copy(-1, columns, energy), target))
     state.mean.copy_(torch.where(finite, base_mean.index_copy(0, columns, mean), state.mean))

@@ -47,8 +47,7 @@ def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
             state: Any = layer.states()[kind]
             if not state.prunes:
                 continue
-            coupled = [*(str(p.weight.target) for p in group.inputs), layer.outputs[kind]]
-            size = sum(weights[name].numel() for name in coupled)
+            size = sum(weights[name].numel() for name in group.weights)
             pruned -= size * (1 - state.kept_units / state.units)
             settings = state.config.probe
             rows = settings.samples(batch) * settings.positions(length)
@@ -61,6 +60,46 @@ def kept_per_layer(model: nn.Module) -> list[dict[str, int]]:
     """For every layer the number of kept MLP channels ("mlp") and query heads ("heads"), whole ones included."""
     names = {"mlp": "mlp", "attention": "heads"}
     return [{names[kind]: s.kept_units for kind, s in layer.states().items()} for layer in layers_of(model)]
+
+
+def kept_head_share(model: nn.Module) -> float:
+    """Kept query heads / all query heads, over all layers; 1.0 where attention is dense."""
+    states = [layer.states().get("attention") for layer in layers_of(model)]
+    heads = [(s.kept_units, s.units) for s in states if s is not None]
+    return sum(k for k, _ in heads) / sum(n for _, n in heads) if heads else 1.0
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_core_macs(config: Any, length: int) -> float:
+    """MACs per token of scores and weighted values under a causal mask, all layers and heads."""
+    return config.num_hidden_layers * config.num_attention_heads * _head_size(config) * (length + 1)
+
+
+def key_value_bytes(config: Any, batch: int, length: float, element: int) -> float:
+    """Bytes of the KV cache that one decode step reads, all layers; `element` bytes a number."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * batch * length * heads * _head_size(config) * element
+
+
+def head_weight(model: Any) -> nn.Parameter:
+    """Weight of the LM head [V, H]."""
+    return model.get_output_embeddings().weight
+
+
+def block_bytes(model: nn.Module) -> tuple[int, float]:
+    """Bytes of the decoder blocks' parameters that a decode step reads: dense, and with the kept rows alone."""
+    dense, pruned = 0, 0.0
+    for layer in layers_of(model):
+        sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
+        dense += sum(sizes.values())
+        pruned += sum(sizes.values())
+        for kind, group in layer.groups.items():
+            state: Any = layer.states()[kind]
+            pruned -= sum(sizes[name] for name in group.weights) * (1 - state.kept_units / state.units)
+    return dense, pruned
 
 
 def weight_bytes(model: nn.Module) -> int:

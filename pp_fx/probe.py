@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import ceil_share
-from .selection import stored
+from .plan import Plan
 from .state import GroupState
 
 
@@ -26,20 +26,40 @@ class ProbeRows(NamedTuple):
     real: Tensor | None
 
 
-def choose_rows(state: GroupState, residual: Tensor, real: Tensor | None, cache, layer) -> ProbeRows | None:
+def probe_source(state: GroupState, residual: Tensor, plan: Plan) -> Tensor:
+    """What the probe looks at: the residual [B, T, H] of this call, or for a re-probe that of the last tokens.
+
+    While decoding, a group that re-probes keeps the residual of the last `reprobe_every` tokens with its selection.
+    """
+    if plan.selects or not state.reprobes or state.name not in plan.stored:
+        return residual
+    selection, size = plan.stored[state.name], state.config.reprobe_every
+    window = selection.window
+    if window is None:
+        window = residual.new_zeros((residual.shape[0], size, residual.shape[2]))
+    window = torch.cat([window, residual], 1)[:, -size:]
+    selection.window = window
+    return window if plan.reprobes else residual
+
+
+def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:
     """Rank positions, then samples, by the norm of the residual [B, T, H]; padded rows rank last.
 
     Returns:
-        The probe's rows, or None when this call needs no probe: the layer is dense here, calibration is running, or
-        the call continues a KV cache that holds a selection with fewer than `min_select_tokens` tokens.
+        The probe's rows, or None when this call needs no probe: the layer is dense here, calibration is running, the
+        call reuses the generation's selection, or the prompt is shorter than `min_select_tokens` and the model is
+        calibrated (then the history alone decides: a probe would cost more than its share of so short a call). A
+        re-probe takes all rows of its window.
     """
-    batch, length = residual.shape[0], residual.shape[1]
-    if not state.prunes or state.mode == "calibrate":
+    if plan.reprobes and state.reprobes:
+        return ProbeRows(None, torch.arange(source.shape[1], device=source.device), None)
+    if not plan.selects or not state.prunes or state.mode == "calibrate":
         return None
-    if length < state.config.min_select_tokens and stored(cache, layer, state.name) is not None:
+    batch, length = source.shape[0], source.shape[1]
+    if state.calibrated and length < state.config.min_select_tokens:
         return None
     settings = state.config.probe
-    norm = torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.float32)
     if real is not None:
         norm = torch.where(real, norm, 0.0)
     wanted = torch.sym_min(length, torch.sym_max(settings.min_positions, ceil_share(length, settings.token_fraction)))

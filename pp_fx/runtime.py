@@ -45,16 +45,6 @@ def attention(module, q, k, v, mask, forwarded, **kwargs):
     return _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
 
-class LayerIndex:
-    """A layer's index in the KV cache, read only when there is a cache.
-
-    torch.compile guards on what a function reads; so without a cache all layers share one compiled block.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
 def kv_update(cache, k, v, layer):
     """`past_key_values.update`, or the keys and values themselves without a cache."""
     return (k, v) if cache is None else cache.update(k, v, layer.index)
@@ -71,20 +61,20 @@ class PrunedAttentionView:
         self.num_key_value_groups = 1
 
 
-def pruned_attention(state, kept, module, q, k, v, mask, forwarded, **kwargs):
-    """`attention` over the kept query heads only; `kept` None means all heads.
+def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwargs):
+    """`attention` over the kept query heads only; `selection` None means all heads.
 
     Args:
         state: GroupState of the attention group (its `kv_head` maps query heads to key/value heads).
-        kept: int64 [k] kept query heads, ascending, or None.
+        selection: of the query heads, or None.
         q: [B, k, T, D]. k, v: [B, kv heads, S, D], whole.
     """
-    if kept is None:
+    if selection is None:
         return attention(module, q, k, v, mask, forwarded, **kwargs)
-    heads = state.kv_head.index_select(0, kept)
+    heads = state.kv_head.index_select(0, selection.kept)
     k, v = k.index_select(1, heads), v.index_select(1, heads)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == state.units and state.units > 1:
-        mask = mask.index_select(1, kept)
+        mask = mask.index_select(1, selection.kept)
     call = _attention_function(module)
     return call(state.attention_view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
@@ -100,8 +90,8 @@ def probe_attention(module, q, k, v, mask, **kwargs):
     return call(module, q, k, v, mask, **kwargs)[0]
 
 
-def real_rows(hidden_states, attention_mask, cache, layer):
-    """Which rows hold a real token: bool [B, T], or None when all do.
+def real_rows(hidden_states, attention_mask, plan, layer):
+    """Which rows hold a real token: bool [B, T], or None when all do (or nothing of this call asks).
 
     A position is real if it may attend to itself. Taken from the mask as the block receives it: None, [B, S] (flash
     attention) or [B, 1, T, S] (boolean or additive).
@@ -109,7 +99,7 @@ def real_rows(hidden_states, attention_mask, cache, layer):
     Raises:
         InputError: the mask is of another kind (for example flex attention's BlockMask).
     """
-    if attention_mask is None:
+    if attention_mask is None or not plan.selects:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         raise InputError(
@@ -119,7 +109,9 @@ def real_rows(hidden_states, attention_mask, cache, layer):
     length = hidden_states.shape[1]
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:] != 0
-    start = 0 if cache is None else cache.get_seq_length(layer.index)
+    start = 0
+    if plan.cache is not None:  # sliding windows do not hold the first keys
+        start = plan.cache.get_seq_length(layer.index) - plan.cache.get_mask_sizes(length, layer.index)[1]
     own = torch.arange(length, device=attention_mask.device) + start
     own = own.view(1, length, 1).expand(attention_mask.shape[0], length, 1)
     diagonal = attention_mask[:, 0].gather(2, own).squeeze(2)

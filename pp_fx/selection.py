@@ -1,4 +1,4 @@
-"""Which units run: fusion of probe and history, score, top-k; and the selection that a KV cache carries along."""
+"""Which units run: fusion of probe and history, score, top-k, and what stands in for the dropped units."""
 
 from __future__ import annotations
 
@@ -7,30 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .cache import Selection
 from .compensation import COMPENSATIONS
+from .plan import store
 from .scores import SCORES
 
 if TYPE_CHECKING:
+    from .plan import LayerInfo, Plan
     from .probe import ProbeRows
-    from .runtime import LayerIndex
     from .state import GroupState
-
-_ATTRIBUTE = "pp_fx_selection"
-
-
-def stored(cache: Any, layer: LayerIndex, name: str) -> Any:
-    """What `store` put on this KV cache for a layer's group, or None."""
-    selections = getattr(cache, _ATTRIBUTE, None)
-    return None if selections is None else selections.get((layer.index, name))
-
-
-def store(cache: Any, layer: LayerIndex, name: str, value: Any) -> None:
-    """Keep a selection with the generation it belongs to: on its KV cache, never on the module."""
-    if cache is None:
-        return
-    if getattr(cache, _ATTRIBUTE, None) is None:
-        setattr(cache, _ATTRIBUTE, {})
-    getattr(cache, _ATTRIBUTE)[(layer.index, name)] = value
 
 
 def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
@@ -61,33 +46,81 @@ def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> 
     return SCORES[state.config.score](importance, state.column_norm)
 
 
-def choose_units(state: GroupState, scores: Tensor | None, cache: Any, layer: LayerIndex) -> Tensor | None:
-    """The kept units, int64 [kept_units] ascending; the cache's selection without scores; None means all (dense)."""
+def history_scores(state: GroupState) -> Tensor:
+    """Score of every unit from the history alone: fp32 [units]. For prompts too short to probe."""
+    energy: Any = state.energy
+    if energy.ndim == 2:
+        energy = energy.mean(0)
+    return SCORES[state.config.score](energy.view(state.units, state.width), state.column_norm)
+
+
+def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: LayerInfo) -> Selection | None:
+    """The selection of this call: made anew, or the generation's; None means that all units run (dense)."""
+    if not plan.selects:
+        selection = plan.stored.get(state.name)
+        if selection is None:
+            return None
+        if scores is not None:
+            return _reselect(state, scores, selection, plan, layer)
+        if not selection.compacts and state.holds_compact:
+            selection.compacts = True
+        return selection
+    if not state.prunes or state.mode == "calibrate":
+        return None
     if scores is None:
-        return None if not state.prunes or state.mode == "calibrate" else stored(cache, layer, state.name)
-    kept = scores.topk(state.kept_units).indices.sort().values
-    store(cache, layer, state.name, kept)
-    return kept
+        scores = history_scores(state)
+    old = None if plan.empty is None else plan.stored[state.name]
+    selection = _selection(state, _best(state, scores), layer, plan.empty, old)
+    store(layer, plan, state.name, selection)
+    return selection
+
+
+def _best(state: GroupState, scores: Tensor) -> Tensor:
+    return scores.topk(state.kept_units).indices.sort().values
+
+
+def _selection(
+    state: GroupState, kept: Tensor, layer: LayerInfo, changed: Tensor | None = None, old: Selection | None = None
+) -> Selection:
+    """A selection of the kept units; where the bool scalar `changed` is given and false, of the old ones."""
+    if changed is None or old is None:
+        return Selection(kept, state.columns_of(kept), layer.version)
+    kept = torch.where(changed, kept, old.kept)
+    selection = Selection(kept, state.columns_of(kept), layer.version)
+    selection.former = changed, old.compensation
+    return selection
+
+
+def _reselect(state: GroupState, scores: Tensor, old: Selection, plan: Plan, layer: LayerInfo) -> Selection:
+    """Take the selection of a re-probe; with a drift threshold only if it shares too few units with the old one."""
+    kept, threshold, drifted = _best(state, scores), state.config.drift_threshold, None
+    if threshold is not None:
+        drifted = torch.isin(kept, old.kept).float().mean() < threshold
+        if not torch.compiler.is_compiling() and not bool(drifted):
+            return old
+    selection = _selection(state, kept, layer, drifted, old)
+    selection.compacts, selection.window = state.holds_compact, old.window
+    store(layer, plan, state.name, selection)
+    return selection
 
 
 def compensate(
     state: GroupState,
-    kept: Tensor | None,
+    selection: Selection | None,
     z: Tensor | None,
     rows: ProbeRows | None,
     weight: Tensor,
-    cache: Any,
-    layer: LayerIndex,
 ) -> Tensor | None:
     """The vector [H] that stands in for the dropped units; computed with the selection and kept with it."""
     from .probe import probe_channel_moment
 
-    if kept is None or state.compensation is None:
-        return None
-    key = f"{state.name}_compensation"
-    if z is None or rows is None:
-        return stored(cache, layer, key)
-    call = COMPENSATIONS[state.compensation]
-    vector = call(state, state.columns_of(kept), probe_channel_moment(z, rows, 1), weight)
-    store(cache, layer, key, vector)
-    return vector
+    if selection is None or selection.output is not None or state.compensation is None:
+        return None  # compact weights have it in their bias
+    if selection.compensation is None:
+        probe_mean = None if z is None or rows is None else probe_channel_moment(z, rows, 1)
+        vector = COMPENSATIONS[state.compensation](state, selection.columns, probe_mean, weight)
+        if selection.former is not None:
+            changed, former = selection.former
+            vector, selection.former = torch.where(changed, vector, former), None  # type: ignore[arg-type]
+        selection.compensation = vector
+    return selection.compensation

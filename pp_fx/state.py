@@ -24,6 +24,9 @@ class GroupState(nn.Module):
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
         seen: fp32 scalar, 0 until the first batch or calibration, then 1.
+        calibrated: whether `calibrate` has set the history.
+        reprobes: whether decoding probes this group again.
+        holds_compact: whether decoding keeps compact weights of this group on the KV cache.
         mode: "run", "frozen" (select, but leave the history), "calibrate" (dense, collect statistics).
     """
 
@@ -44,10 +47,14 @@ class GroupState(nn.Module):
         probe: Callable[..., Tensor],
         kv_head: tuple[int, ...] | None = None,
         attention_module: nn.Module | None = None,
+        reprobes: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.units, self.width, self.kept_units, self.config = name, units, width, kept_units, config
         self.probe = probe
+        self.calibrated = False
+        self.reprobes = config.reprobes and reprobes and self.prunes
+        self.holds_compact = config.decode != "dense"
         self.mode = "frozen" if config.freeze_history else "run"
         self.compensation = config.mlp_compensation if name == "mlp" else config.attention_compensation
         self.attention_view = None if attention_module is None else PrunedAttentionView(attention_module)
@@ -87,6 +94,7 @@ class GroupState(nn.Module):
 
     def reset_history(self) -> None:
         """Forget: the next batch starts the history anew."""
+        self.calibrated = False
         for tensor in (self.energy, self.mean, self.seen):
             if tensor is not None:
                 tensor.zero_()

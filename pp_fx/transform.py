@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,13 @@ from .config import ProbePruningConfig
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .groups import AttentionGroup, Group
 from .passes import BlockGraph, probe_pruning
+from .plan import INFO, LayerInfo, ModelInfo, check_cache
 from .state import GroupState
 
 logger = logging.getLogger(__name__)
 CONFIG = "pp_fx_config"
 """Attribute of a transformed model that holds its ProbePruningConfig."""
+_owners = itertools.count(1)
 
 
 @dataclass
@@ -30,6 +34,7 @@ class _Structure:
     cls: type
     groups: dict[str, Group]
     probes: dict[str, Any]
+    reprobes: dict[str, bool]
     reasons: list[str]
 
 
@@ -70,7 +75,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
             cannot be captured. The model is left as it was.
     """
     config = _check(model, config)
-    _, layers = find_layers(model)
+    path, layers = find_layers(model)
     for i, layer in enumerate(layers):
         _check_hooks(i, layer)
     carried = {
@@ -85,14 +90,19 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         states = {}
         for kind, group in structure.groups.items():
             ratio = 0.0 if i < config.skip_layers else carried[kind]
-            states[kind] = _state(layer, group, structure.probes[kind], kept_units(group, ratio, config), config)
+            states[kind] = _state(layer, structure, group, kept_units(group, ratio, config), config)
         prepared.append((layer, structure.cls, states))
+    _limit_compact(prepared, config)
+    owner, holder = next(_owners), model.get_submodule(path.rpartition(".")[0])
     done: list[nn.Module] = []
     try:
         for i, (layer, cls, states) in enumerate(prepared):
             done.append(layer)
-            install(layer, cls, i, states)
+            install(layer, cls, LayerInfo(i, owner, config), states)
         model.__dict__[CONFIG] = config
+        prunes = any(state.prunes for _, _, states in prepared for state in states.values())
+        holder.__dict__[INFO] = ModelInfo(owner, config, prunes)
+        holder.register_forward_pre_hook(check_cache, with_kwargs=True)
         model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
         for layer in done:
@@ -111,9 +121,12 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in layers_of(model):
         uninstall(layer)
     model.__dict__.pop(CONFIG, None)
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _refuse_attention_weights]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        module.__dict__.pop(INFO, None)
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_cache)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
     return model
 
 
@@ -123,6 +136,17 @@ def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
     if group.kind == "mlp" and ratio > 0:
         kept = min(group.units, -(-kept // config.round_to) * config.round_to)
     return kept
+
+
+def _limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:
+    """Layers from the first on may hold compact weights while decoding, up to the configured limit."""
+    left = math.inf if config.compact_megabytes is None else config.compact_megabytes * 2**20
+    for layer, cls, states in prepared:
+        for kind, state in states.items():
+            weights = [layer.get_parameter(name) for name in cls.groups[kind].weights]
+            size = sum(w.numel() * w.element_size() for w in weights) * state.kept_units / state.units
+            state.holds_compact = state.holds_compact and state.prunes and size <= left
+            left -= size if state.holds_compact else 0
 
 
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -182,8 +206,9 @@ def _structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, _Structu
         probe_pruning()(block)
         groups = {n.group.kind: n.group for n in block.inserted}
         probes = {n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted}  # type: ignore[arg-type]
+        reprobes = {n.group.kind: n.reprobes for n in block.inserted}
         cls = block_class(type(layer), block.graph, groups)
-        found[key] = _Structure(cls, groups, probes, block.groups.reasons)
+        found[key] = _Structure(cls, groups, probes, reprobes, block.groups.reasons)
     return found
 
 
@@ -195,9 +220,9 @@ def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
             warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}", stacklevel=3)
 
 
-def _state(layer: nn.Module, group: Group, probe: Any, kept: int, config: ProbePruningConfig) -> GroupState:
+def _state(layer: nn.Module, structure: _Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
     weight = layer.get_parameter(str(group.output.weight.target))
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind]}
     if isinstance(group, AttentionGroup):
-        extra = {"kv_head": group.kv_head, "attention_module": layer.get_submodule(group.core_module)}
-    return GroupState(group.kind, group.units, group.width, kept, config, weight, probe, **extra)
+        extra |= {"kv_head": group.kv_head, "attention_module": layer.get_submodule(group.core_module)}
+    return GroupState(group.kind, group.units, group.width, kept, config, weight, structure.probes[group.kind], **extra)

@@ -7,8 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import pp_fx
-from pp_fx.runtime import LayerIndex
-from pp_fx.selection import stored
+from pp_fx.cache import selections_on
 
 from .conftest import tiny_llama
 from .reference import Reference, Settings
@@ -86,7 +85,7 @@ def test_graphs_match_the_reference(case):
         with torch.no_grad():
             got = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(length)[None], use_cache=True)
         for (layer, kind), kept in expected.kept.items():
-            assert torch.equal(stored(got.past_key_values, LayerIndex(layer), kind), kept), (layer, kind)
+            assert torch.equal(selections_on(got.past_key_values).layers[layer][kind].kept, kept), (layer, kind)
         real = mask.bool()
         scale = expected.logits[real].abs().max().clamp(min=1)
         torch.testing.assert_close(got.logits[real] / scale, expected.logits[real] / scale, atol=1e-4, rtol=0)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import pp_fx
+from pp_fx.cache import selections_on
 from pp_fx.evaluate import evaluate
 from pp_fx.macs import count_macs, state_bytes, weight_bytes
-from pp_fx.runtime import LayerIndex
-from pp_fx.selection import stored
 from pp_fx.text import read, sequences
 
 from .test_reference import reference_for
@@ -39,11 +38,11 @@ def test_the_graphs_match_the_reference_on_real_weights(smollm2):
     expected = reference.forward(ids)
     with torch.no_grad():
         got = model(ids, use_cache=True)
-    cache = got.past_key_values
+    layers = selections_on(got.past_key_values).layers
     wrong = {
         (layer, kind)
         for (layer, kind), kept in expected.kept.items()
-        if not torch.equal(stored(cache, LayerIndex(layer), kind), kept)
+        if not torch.equal(layers[layer][kind].kept, kept)
     }
     # a near-tie may fall either way; then everything after it differs
     assert not wrong or expected.gap < 1e-4

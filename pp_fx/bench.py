@@ -1,0 +1,238 @@
+"""Time of a pruned model against the dense one: interleaved in one process, medians, CPU time and wall time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+from .cache import compact_bytes
+from .calibrate import calibrate, check_token_ids
+from .config import ProbePruningConfig
+from .errors import InputError
+from .history import history_frozen
+from .macs import attention_core_macs, block_bytes, count_macs, head_weight, kept_head_share, key_value_bytes
+from .transform import transform
+
+_WARM_UP = 3
+
+
+@dataclass
+class _Clock:
+    """Milliseconds of every repeat, by clock. On a CUDA device the device is waited for."""
+
+    device: torch.device
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        self._wait()
+        wall, cpu = time.perf_counter(), time.thread_time()
+        result = call()
+        self._wait()
+        self.cpu.append(1000 * (time.thread_time() - cpu))
+        self.wall.append(1000 * (time.perf_counter() - wall))
+        return result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        self.cpu.clear()
+        self.wall.clear()
+
+    def median(self, clock: str) -> float:
+        return statistics.median(getattr(self, clock))
+
+
+class _Side:
+    """One of the two models: its decoder blocks (embedding, mask and last norm included), and the LM head."""
+
+    def __init__(self, model: Any, compiled: bool) -> None:
+        self.model = model
+        self.head: Any = model.get_output_embeddings()
+        self.body: Any = torch.compile(model.base_model, fullgraph=True) if compiled else model.base_model
+        device = self.head.weight.device
+        self.blocks, self.with_head = _Clock(device), _Clock(device)
+
+    def step(self, **inputs: Any) -> Tensor:
+        """One timed call; the greedy next tokens [B, 1]."""
+        hidden = self.blocks.run(lambda: self.body(**inputs).last_hidden_state)
+        logits = self.with_head.run(lambda: self.head(hidden[:, -1:]))
+        for clock in ("cpu", "wall"):
+            getattr(self.with_head, clock)[-1] += getattr(self.blocks, clock)[-1]
+        return logits.argmax(-1)
+
+
+def bench(
+    model: nn.Module,
+    ids: Tensor,
+    config: ProbePruningConfig | None = None,
+    *,
+    phase: str = "prefill",
+    new_tokens: int = 32,
+    compiled: bool = False,
+    repeats: int = 9,
+    threads: int = 1,
+    progress: Callable[[Any, str], Any] = lambda items, label: items,
+) -> dict[str, Any]:
+    """Measure a dense model against a pruned copy of it.
+
+    Dense and pruned calls alternate, so that a busy machine hits both. The gate is CPU time of one thread
+    (`time.thread_time`): on busy cores wall time of several threads says little. Nothing of `model` changes.
+
+    Args:
+        model: an untransformed causal language model in eval mode.
+        ids: int64 [B, T], the prompts; the history is calibrated on them and frozen.
+        config: what to prune.
+        phase: "prefill" (no KV cache, all positions through the blocks, the LM head on the last) or "decode"
+            (`new_tokens` greedy steps after the prompts; DynamicCache, StaticCache when compiled).
+        new_tokens: decode steps.
+        compiled: torch.compile the blocks, `fullgraph=True`.
+        repeats: timed calls of each side (prefill).
+        threads: torch.set_num_threads, put back afterwards.
+        progress: wraps the loop, for example rich.progress.track.
+
+    Returns:
+        `dense_ms`, `pruned_ms`, `ratio` (decoder blocks without the LM head, median CPU time; wall time on CUDA),
+        `ideal` (MACs for prefill, bytes read for decode; the probe not counted), `ideal_with_probe`, `wall`
+        and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
+        `compact_mb`, `peak_memory_mb` of the process.
+
+    Raises:
+        InputError: the ids, the phase or a number cannot be used.
+    """
+    if phase not in ("prefill", "decode"):
+        raise InputError(f"phase={phase!r} is unknown; choose prefill or decode")
+    for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("threads", threads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
+    check_token_ids(model, ids, "ids")
+    config = config or ProbePruningConfig()
+    pruned = transform(copy.deepcopy(model), config)
+    calibrate(pruned, ids, batch_size=len(ids), progress=False)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = ids.to(device)
+    with _threads(threads), torch.no_grad(), history_frozen(pruned):
+        sides = {"dense": _Side(model, compiled), "pruned": _Side(pruned, compiled)}
+        if phase == "prefill":
+            extra = _prefill(sides, ids, progress(range(_WARM_UP + repeats), "prefill"))
+        else:
+            extra = _decode(sides, ids, new_tokens, compiled, progress)
+    gate = "wall" if device.type == "cuda" else "cpu"
+    dense, slim = sides["dense"], sides["pruned"]
+    ideals = _ideal_prefill(model, pruned, ids) if phase == "prefill" else _ideal_decode(model, pruned, ids, new_tokens)
+    return {
+        "dense_ms": dense.blocks.median(gate),
+        "pruned_ms": slim.blocks.median(gate),
+        "ratio": slim.blocks.median(gate) / dense.blocks.median(gate),
+        **ideals["blocks"],
+        "wall": {
+            "dense_ms": dense.blocks.median("wall"),
+            "pruned_ms": slim.blocks.median("wall"),
+            "ratio": slim.blocks.median("wall") / dense.blocks.median("wall"),
+        },
+        "with_head": {
+            "dense_ms": dense.with_head.median(gate),
+            "pruned_ms": slim.with_head.median(gate),
+            "ratio": slim.with_head.median(gate) / dense.with_head.median(gate),
+            **ideals["with_head"],
+        },
+        **extra,
+        "peak_memory_mb": peak_memory_mb(device),
+        "settings": {
+            "phase": phase,
+            "batch": ids.shape[0],
+            "length": ids.shape[1],
+            "new_tokens": new_tokens if phase == "decode" else 0,
+            "dtype": str(dense.head.weight.dtype).removeprefix("torch."),
+            "device": device.type,
+            "attention": model.config._attn_implementation,  # type: ignore[union-attr]
+            "compiled": compiled,
+            "threads": threads,
+        },
+        "config": config.to_dict(),
+    }
+
+
+def _prefill(sides: dict[str, _Side], ids: Tensor, repeats: Any) -> dict[str, Any]:
+    for index in repeats:
+        for side in sides.values():
+            if index == _WARM_UP:
+                side.blocks.forget()
+                side.with_head.forget()
+            side.step(input_ids=ids, use_cache=False)
+    return {}
+
+
+def _decode(sides: dict[str, _Side], ids: Tensor, new_tokens: int, compiled: bool, progress: Any) -> dict[str, Any]:
+    caches, tokens, first = {}, {}, {}
+    for name, side in sides.items():
+        size = ids.shape[1] + _WARM_UP + new_tokens + 1
+        config = side.model.config
+        caches[name] = StaticCache(config=config, max_cache_len=size) if compiled else DynamicCache(config=config)
+        hidden = side.model.base_model(input_ids=ids, past_key_values=caches[name]).last_hidden_state
+        tokens[name] = side.head(hidden[:, -1:]).argmax(-1)
+    for index in progress(range(_WARM_UP + new_tokens), "decode"):
+        for name, side in sides.items():
+            if index == _WARM_UP:
+                first[name] = side.blocks.wall[0]
+                side.blocks.forget()
+                side.with_head.forget()
+            tokens[name] = side.step(input_ids=tokens[name], past_key_values=caches[name])
+    return {"first_step_ms": first, "compact_mb": compact_bytes(caches["pruned"]) / 2**20}
+
+
+def _ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, float]]:
+    batch, length = ids.shape
+    macs, core = count_macs(pruned, batch, length), attention_core_macs(dense.config, length)
+    kept = macs.pruned + core * kept_head_share(pruned)
+    whole, head = macs.dense + core, head_weight(dense).numel() / length
+    return {
+        "blocks": {"ideal": kept / whole, "ideal_with_probe": (kept + macs.probe) / whole},
+        "with_head": {
+            "ideal": (kept + head) / (whole + head),
+            "ideal_with_probe": (kept + macs.probe + head) / (whole + head),
+        },
+    }
+
+
+def _ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict[str, dict[str, float]]:
+    batch, length = ids.shape
+    element = head_weight(dense).element_size()
+    cached = key_value_bytes(dense.config, batch, length + new_tokens / 2, element)
+    blocks, slim = block_bytes(pruned)
+    whole, kept, head = blocks + cached, slim + cached, head_weight(dense).numel() * element
+    return {
+        "blocks": {"ideal": kept / whole},
+        "with_head": {"ideal": (kept + head) / (whole + head)},
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on the CUDA device, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

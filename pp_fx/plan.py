@@ -1,0 +1,166 @@
+"""What one call does: select units anew, reuse the generation's selection, re-probe it, or run dense.
+
+`check_cache` looks at the KV cache once per forward of the model, `plan_call` decides for one block.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .cache import Selection, Selections, forget, put_selections, selections_on
+from .config import ProbePruningConfig
+from .errors import StateError
+
+INFO = "pp_fx_info"
+"""Attribute of the module that holds the rewritten layers: its `ModelInfo`."""
+
+
+class ModelInfo(NamedTuple):
+    """What `check_cache` knows of the model; `prunes`: whether any layer drops anything."""
+
+    owner: int
+    config: ProbePruningConfig
+    prunes: bool
+
+
+class LayerInfo:
+    """What a block knows of its place. Not a module: torch.compile guards only on what a call reads.
+
+    So without a KV cache, where `index` is not read, all layers share one compiled block.
+
+    Attributes:
+        index: of the layer in the model and in the KV cache.
+        owner: identity of the transform (an int that no other transform of this process has).
+        version: of the layer's weights; grows when they are loaded or moved.
+    """
+
+    def __init__(self, index: int, owner: int, config: ProbePruningConfig) -> None:
+        self.index = index
+        self.owner = owner
+        self.config = config
+        self.version = 0
+
+
+class Plan(NamedTuple):
+    """Decided once per block call.
+
+    Attributes:
+        selects: the call selects anew, from its own tokens.
+        reprobes: the call re-probes the last decoded tokens.
+        cache: the KV cache, or None.
+        stored: the selections of this layer to reuse, by group name; a group that is not there runs dense.
+        empty: bool scalar, only where a compiled call cannot know whether a StaticCache was reset: where it is true
+            the new selection counts, else the stored one.
+    """
+
+    selects: bool
+    reprobes: bool
+    cache: Any
+    stored: dict[str, Selection]
+    empty: Tensor | None = None
+
+
+def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
+    """The plan of a block call with hidden states [B, T, H].
+
+    Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
+    long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
+    on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense.
+    """
+    if cache is None:
+        return Plan(True, False, None, {})
+    selections = selections_on(cache)
+    stored = _stored(layer, selections)
+    length, config = hidden_states.shape[1], layer.config
+    if length >= config.min_select_tokens or not stored:
+        return Plan(True, False, cache, stored)
+    if torch.compiler.is_compiling():
+        cached = cache.get_seq_length(layer.index)
+        if isinstance(cached, Tensor):  # a StaticCache: `check_cache` could not see whether it was reset
+            if length > 1 and config.decode != "dense":
+                return Plan(True, False, cache, stored, cached == 0)
+            torch._assert_async(cached > 0, _RESET)
+    return Plan(False, selections.reprobes, cache, {} if config.decode == "dense" else stored)  # type: ignore[union-attr]
+
+
+_RESET = (
+    "a compiled call of one token on a StaticCache that was reset cannot choose a selection; call "
+    "pp_fx.cache.forget(cache) after cache.reset(), or run the prompt's first call without torch.compile"
+)
+
+
+def _stored(layer: LayerInfo, selections: Selections | None) -> dict[str, Selection]:
+    if selections is None:
+        return {}
+    groups = selections.layers.get(layer.index, {})
+    if any(s.version != layer.version for s in groups.values()):
+        return {}  # the weights changed since
+    return groups
+
+
+def store(layer: LayerInfo, plan: Plan, name: str, selection: Selection) -> None:
+    """Keep a selection with the generation it belongs to."""
+    if plan.cache is None:
+        return
+    selections = put_selections(plan.cache, layer.owner)
+    if layer.index not in selections.layers:
+        selections.layers[layer.index] = {}
+    selections.layers[layer.index][name] = selection
+
+
+def check_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the module that holds the layers: drop what an emptied cache holds, refuse a foreign one.
+
+    Raises:
+        StateError: the cache holds tokens and the selections of another transform.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return
+    info: ModelInfo = module.__dict__[INFO]
+    if not info.prunes:
+        return
+    selections = selections_on(cache)
+    length = cache.get_seq_length()
+    known = not (isinstance(length, Tensor) and torch.compiler.is_compiling())
+    empty = known and bool(length == 0)
+    if selections is None:
+        if not empty and not torch.compiler.is_compiling():
+            warnings.warn(
+                "past_key_values holds tokens but no selection of pp_fx (it comes from an untransformed model); the "
+                "present call's tokens select",
+                stacklevel=2,
+            )
+    elif empty:
+        forget(cache)
+    elif selections.owner != info.owner:
+        raise StateError(
+            "past_key_values holds tokens and the selections of another model or of another pp_fx.transform of this "
+            "one; start with a new cache, or reset this one"
+        )
+    elif info.config.reprobes:
+        _count(selections, _tokens(args, kwargs), info.config)
+
+
+def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The call's token ids [B, T] or embeddings [B, T, H]."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    return next(t for t in given if isinstance(t, Tensor))
+
+
+def _count(selections: Selections, tokens: Tensor, config: ProbePruningConfig) -> None:
+    """Count the tokens since the last probe; a batch of another size starts the window of tokens anew."""
+    batch, length = tokens.shape[0], tokens.shape[1]
+    if selections.batch != batch:
+        selections.batch, selections.age = batch, 0
+        for groups in selections.layers.values():
+            for selection in groups.values():
+                selection.window = None
+    selections.age = 0 if length >= config.min_select_tokens else selections.age + length
+    selections.reprobes = selections.age >= config.reprobe_every
+    if selections.reprobes:
+        selections.age = 0
