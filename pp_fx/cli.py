@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from . import __version__
+from .bench import bench
 from .calibrate import calibrate
 from .config import ProbePruningConfig
 from .errors import InputError, PpFxError
@@ -36,6 +38,11 @@ Json = Annotated[str | None, typer.Option("--json", help="Write the result as JS
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Batch = Annotated[int, typer.Option(help="Sequences per forward pass; one selection is made per batch.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels dropped.")]
+AttentionRatio = Annotated[float | None, typer.Option(help="Share of query heads dropped.")]
+Preset = Annotated[str, typer.Option(help="default or paper.")]
+Config = Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")]
 
 
 @app.command()
@@ -61,26 +68,80 @@ def eval_command(
     length: Length = 512,
     batch: Batch = 20,
     dtype: Dtype = "bfloat16",
-    mlp_ratio: Annotated[float | None, typer.Option(help="Share of MLP channels dropped.")] = None,
-    attention_ratio: Annotated[float | None, typer.Option(help="Share of query heads dropped.")] = None,
-    preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
-    config: Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")] = None,
-    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")] = False,
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    preset: Preset = "default",
+    config: Config = None,
+    compile_model: Compile = False,
     json_file: Json = None,
 ) -> None:
     """Perplexity and time of MODEL, dense and pruned, over a text."""
     console = _console(json_file)
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype={dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    _dtype(dtype)
     texts = {"text": read(text)}
     if calibration is not None:
         texts["calibration"] = read(calibration)
-    loaded, tokenizer = load(model, _DTYPES[dtype])
+    loaded, tokenizer = load(model, _dtype(dtype))
     ids = sequences(texts["text"], tokenizer, sequence_count, length)
     sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
     result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=json_file != "-")
     _report({"model": model, **result}, json_file, console)
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill",
+    batch: Annotated[int, typer.Option(help="Prompts, side by side.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
+    dtype: Dtype = "bfloat16",
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    preset: Preset = "default",
+    config: Config = None,
+    compile_model: Compile = False,
+    attention: Annotated[str, typer.Option(help="Attention implementation of both models: sdpa or eager.")] = "sdpa",
+    repeats: Annotated[int, typer.Option(help="Timed prefills of each model.")] = 9,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    text: Annotated[str, typer.Option(help=f"UTF-8 file with the prompts, or {PYTHON_DOCS}.")] = PYTHON_DOCS,
+    json_file: Json = None,
+) -> None:
+    """Time of MODEL, pruned against dense, interleaved in one process: decoder blocks, and with the LM head."""
+    console = _console(json_file)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    if attention not in ("sdpa", "eager"):
+        raise InputError(f"attention={attention!r} is unknown; choose sdpa or eager")
+    prompts = read(text)
+    loaded, tokenizer = load(model, _dtype(dtype))
+    loaded.set_attn_implementation(attention)
+    ids = sequences(prompts, tokenizer, batch, length)
+
+    def progress(items: Any, label: str) -> Any:
+        return items if json_file == "-" else track(items, label, console=Console(stderr=True), transient=True)
+
+    result = bench(
+        loaded, ids, settings, phase=phase, new_tokens=new_tokens, compiled=compile_model, repeats=repeats,
+        threads=threads, progress=progress,
+    )  # fmt: skip
+    result = {"model": model, **result, "versions": versions()}
+    _write(result, json_file)
+    if json_file != "-":
+        console.print(_bench_table(result))
+
+
+def _bench_table(result: dict[str, Any]) -> Table:
+    settings, head = result["settings"], result["with_head"]
+    shape = f"{settings['batch']} x {settings['length']}"
+    table = Table(title=f"{result['model']}, {settings['phase']} {shape}, {settings['dtype']}, ms per call")
+    for column in ("", "dense", "pruned", "ratio", "ideal", "ratio / ideal"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, row in (("decoder blocks", result), ("with LM head", head)):
+        ideal = row.get("ideal_with_probe", row["ideal"])
+        numbers = (row["dense_ms"], row["pruned_ms"], row["ratio"], ideal, row["ratio"] / ideal)
+        table.add_row(label, *(f"{n:.2f}" if i < 2 else f"{n:.3f}" for i, n in enumerate(numbers)))
+    return table
 
 
 def run_eval(
@@ -152,11 +213,17 @@ def _settings(preset: str, config: str | None, mlp: float | None, attention: flo
     return ProbePruningConfig(**given)
 
 
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise InputError(f"dtype={name!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
 def _console(json_file: str | None) -> Console:
     return Console(stderr=json_file == "-")
 
 
-def _report(result: dict[str, Any], json_file: str | None, console: Console) -> None:
+def _write(result: dict[str, Any], json_file: str | None) -> None:
     if json_file == "-":
         print(json.dumps(result, indent=2))
     elif json_file is not None:
@@ -164,6 +231,10 @@ def _report(result: dict[str, Any], json_file: str | None, console: Console) -> 
             Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"json={json_file!r} cannot be written ({error}); give a path in a folder") from None
+
+
+def _report(result: dict[str, Any], json_file: str | None, console: Console) -> None:
+    _write(result, json_file)
     dense, pruned, macs = result["dense"], result["pruned"], result["macs"]
     table = Table(title=f"{result['model']}, {result['tokens']} tokens")
     for column in ("", "perplexity", "nll", "seconds", "block MACs"):

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def tiny_llama(heads=4, kv_heads=2, layers=3, bias=False, tied=False, seed=0, attention="sdpa", **changes):
+def tiny_llama(
+    heads=4, kv_heads=2, layers=3, bias=False, tied=False, seed=0, attention="sdpa", intermediate=96, **changes
+):
     """A random Llama with weights large enough that errors show up."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -18,7 +20,7 @@ def tiny_llama(heads=4, kv_heads=2, layers=3, bias=False, tied=False, seed=0, at
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         attention_bias=bias,
         mlp_bias=bias,
         tie_word_embeddings=tied,

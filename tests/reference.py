@@ -34,6 +34,7 @@ class Settings:
 class Result:
     logits: torch.Tensor
     kept: dict = field(default_factory=dict)
+    bias: dict = field(default_factory=dict)
     gap: float = math.inf
 
 
@@ -130,6 +131,8 @@ class Reference:
         if kept >= units:
             return linear(full)
         key = (index, kind)
+        if self.prompt is not None:
+            return self.decode(key, full, linear, width)
         positions, samples = self.rank(residual, real)
         z = torch.stack([state(residual[b][positions], positions, real[b][positions]) for b in samples])
         valid = real[samples][:, positions]
@@ -146,8 +149,20 @@ class Reference:
             mu = probe_mean
             if key in self.mean:
                 mu = self.s.mix * self.mean[key] + (1 - self.s.mix) * probe_mean
-            out = out + linear.weight[:, dropped] @ mu[dropped]
+            self.bias[key] = linear.weight[:, dropped] @ mu[dropped]
+            out = out + self.bias[key]
         self.update(key, full, real, columns, z, valid, probe_mean)
+        return out
+
+    def decode(self, key, full, linear, width):
+        """The output with the prompt's selection and bias; positions from `dense_from` on whole."""
+        chosen = self.prompt.kept[key]
+        columns = (chosen[:, None] * width + torch.arange(width)).flatten()
+        out = full[..., columns] @ linear.weight[:, columns].T + self.prompt.bias.get(key, 0)
+        if linear.bias is not None:
+            out = out + linear.bias
+        if self.dense_from is not None:
+            out[:, self.dense_from :] = linear(full)[:, self.dense_from :]
         return out
 
     def update(self, key, full, real, columns, z, valid, probe_mean):
@@ -168,10 +183,14 @@ class Reference:
         self.mean[key][columns] = m * self.mean[key][columns] + (1 - m) * mean
 
     @torch.no_grad()
-    def forward(self, ids, mask=None) -> Result:
-        """ids [B, T], mask [B, T] of 0 and 1 -> logits and kept units of every pruned branch."""
+    def forward(self, ids, mask=None, prompt: Result | None = None, dense_from: int | None = None) -> Result:
+        """ids [B, T], mask [B, T] of 0 and 1 -> logits and kept units of every pruned branch.
+
+        With `prompt`, the result of a shorter forward over the first tokens, its selection holds for all positions
+        (decoding without a KV cache); positions from `dense_from` on run whole.
+        """
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self.kept, self.gap = {}, math.inf
+        self.kept, self.bias, self.gap, self.prompt, self.dense_from = {}, {}, math.inf, prompt, dense_from
         x = self.m.model.embed_tokens.weight[ids]
         for i, layer in enumerate(self.m.model.layers):
             heads, channels = self.c.num_attention_heads, self.c.intermediate_size
@@ -182,4 +201,4 @@ class Reference:
             x = x + self.branch(
                 i, "mlp", layer, x, real, layer.mlp.down_proj, channels, self.s.mlp_kept[i], 1, self.s.bias_mlp
             )
-        return Result(self.m.lm_head(self.norm(x, self.m.model.norm.weight)), self.kept, self.gap)
+        return Result(self.m.lm_head(self.norm(x, self.m.model.norm.weight)), self.kept, self.bias, self.gap)
