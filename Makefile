@@ -28,6 +28,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/prefill.py --batch 16 --length 128 --json benchmarks/results/prefill-16x128.json
-	$(BIN)/python benchmarks/prefill.py --batch 8 --length 256 --json benchmarks/results/prefill-8x256.json
-	$(BIN)/python benchmarks/prefill.py --batch 4 --length 512 --json benchmarks/results/prefill-4x512.json
+	$(BIN)/python benchmarks/suite.py

@@ -86,3 +86,40 @@ def evaluate(model: nn.Module, ids: Tensor, batch: int, *, forward: Any = None, 
             losses.append(loss.view(len(rows), -1).mean(1).cpu())
     per_sequence = torch.cat(losses)
     return Evaluation(per_sequence.double().mean().item(), seconds, per_sequence)
+
+
+@torch.no_grad()
+def evaluate_decoding(model: nn.Module, prompts: Tensor, continuation: Tensor, *, progress: str | None = None):
+    """Teacher-forced perplexity while decoding: one prefill of the prompts, then one token at a time on the KV cache.
+
+    Args:
+        model: any causal language model in eval mode.
+        prompts: int64 [B, T], one batch; a transformed model selects on them.
+        continuation: int64 [B, N], the tokens to predict; every one but the last is fed back.
+        progress: label of a progress bar on stderr, or None.
+
+    Returns:
+        Evaluation of the continuation; `seconds` is that of the decode steps.
+
+    Raises:
+        InputError: the ids cannot be used.
+    """
+    check_token_ids(model, prompts, "prompts")
+    check_token_ids(model, continuation, "continuation")
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    prompts, continuation = prompts.to(device), continuation.to(device)
+    out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    losses, seconds = [F.cross_entropy(out.logits[:, -1].float(), continuation[:, 0], reduction="none")], 0.0
+    steps: Any = range(continuation.shape[1] - 1)
+    if progress is not None:
+        from rich.console import Console
+        from rich.progress import track
+
+        steps = track(steps, progress, console=Console(stderr=True), transient=True)
+    for i in steps:
+        start = time.perf_counter()
+        out = model(input_ids=continuation[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        seconds += time.perf_counter() - start
+        losses.append(F.cross_entropy(out.logits[:, -1].float(), continuation[:, i + 1], reduction="none"))
+    per_sequence = torch.stack(losses, 1).mean(1).cpu()
+    return Evaluation(per_sequence.double().mean().item(), seconds, per_sequence)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from .cache import Selection, Selections, forget, put_selections, selections_on
 from .config import ProbePruningConfig
@@ -118,7 +119,8 @@ def check_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     Raises:
         StateError: the cache holds tokens and the selections of another transform.
     """
-    cache = kwargs.get("past_key_values")
+    given = (kwargs.get("past_key_values"), *args)
+    cache = next((c for c in given if isinstance(c, Cache)), None)
     if cache is None:
         return
     info: ModelInfo = module.__dict__[INFO]

@@ -119,6 +119,17 @@ def test_a_reset_static_cache_selects_anew_when_compiled(model, ids, length):
     torch._dynamo.reset()
 
 
+def test_a_cache_passed_by_position_is_checked_too(model, ids):
+    cache = make("static", model)
+    call(model, ids, cache)
+    cache.reset()
+    with torch.no_grad():
+        model.model(other(ids)[:, :8], None, None, cache)
+    fresh = make("static", model)
+    call(model, other(ids)[:, :8], fresh)
+    assert same(kept(cache), kept(fresh))
+
+
 def test_one_compiled_token_on_a_reset_static_cache_raises_with_the_remedy(model, ids):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

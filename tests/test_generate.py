@@ -218,6 +218,25 @@ def test_compiled_decoding_needs_one_graph_more_than_the_original(llama, ids, ki
     assert second == first
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_generate_with_a_compiled_forward(llama, ids, cache):
+    """The usual way to compile generate(): `model.forward = torch.compile(model.forward)`."""
+    from torch._dynamo.utils import counters
+
+    pp_fx.transform(llama, PRUNED)
+    torch._dynamo.reset()
+    counters.clear()
+    with pp_fx.history_frozen(llama):
+        expected = [run(llama, prompt, **cache).sequences for prompt in (ids, ids.flip(1))]
+        llama.forward = torch.compile(llama.forward, fullgraph=True, backend="eager")
+        got = [run(llama, ids, **cache).sequences]
+        graphs = counters["stats"]["unique_graphs"]
+        got.append(run(llama, ids.flip(1), **cache).sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] == graphs  # a second prompt compiles nothing
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_generates_own_compilation_of_a_static_cache(llama, ids):
     from transformers import CompileConfig

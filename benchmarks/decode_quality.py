@@ -1,0 +1,98 @@
+"""Perplexity while decoding: sticky selection, re-probing, and the drift guard, also on a text that changes topic.
+
+8 prompts x 256 tokens, then 64 teacher-forced tokens one at a time (the same text goes on), or 192 tokens of Python's
+documentation (the topic changes). One batch, bf16, calibrated on 64 x 512 tokens of the calibration text.
+
+    python benchmarks/decode_quality.py --text test.txt --calibration valid.txt --json decode-quality.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pp_fx
+from pp_fx.cli import versions
+from pp_fx.evaluate import evaluate_decoding
+from pp_fx.models import load
+from pp_fx.text import PYTHON_DOCS, read, sequences
+
+PROMPT, SAME, CHANGED = 256, 64, 192
+
+
+def variants() -> dict[str, pp_fx.ProbePruningConfig]:
+    config, paper = pp_fx.ProbePruningConfig, pp_fx.ProbePruningConfig.paper
+    guards = {f"default 40%, guard {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
+    return {
+        "paper 20%": paper(0.2, 0.0, round_to=1),
+        "paper 40%": paper(0.4, 0.0, round_to=1),
+        "default 20%": config(mlp_ratio=0.2),
+        "default 40%": config(),
+        **guards,
+        "default 40%, decode=probe": config(decode="probe"),
+        "default 40%, decode=probe, every token": config(decode="probe", reprobe_every=1),
+        "default 40%, decode=dense": config(decode="dense"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--json", default=None)
+    options = parser.parse_args()
+    console = Console()
+    model, tokenizer = load(options.model, torch.bfloat16)
+    ids = sequences(read(options.text), tokenizer, options.prompts, PROMPT + SAME)
+    prompts = ids[:, :PROMPT]
+    other = sequences(read(PYTHON_DOCS), tokenizer, options.prompts, CHANGED)
+    sample = sequences(read(options.calibration), tokenizer, 64, 512)
+    texts = {"same topic": ids[:, PROMPT:], "topic changes": other}
+
+    dense = {name: evaluate_decoding(model, prompts, text, progress=f"dense, {name}") for name, text in texts.items()}
+    results = {"dense": {name: {"ppl": e.ppl, "nll": e.nll} for name, e in dense.items()}}
+    sticky = {}
+    for label, config in variants().items():
+        pp_fx.transform(model, config)
+        pp_fx.calibrate(model, sample, progress=False)
+        results[label] = {}
+        for name, text in texts.items():
+            with pp_fx.history_frozen(model):
+                found = evaluate_decoding(model, prompts, text, progress=f"{label}, {name}")
+            row = {"ppl": found.ppl, "nll": found.nll, "stderr_vs_dense": found.stderr_vs(dense[name])}
+            if label == "default 40%":
+                sticky[name] = found
+            if name in sticky:
+                row |= {
+                    "nll_vs_sticky": found.nll - sticky[name].nll,
+                    "stderr_vs_sticky": found.stderr_vs(sticky[name]),
+                }
+            results[label][name] = row
+        pp_fx.restore(model)
+
+    table = Table(title=f"Decoding, {options.prompts} prompts x {PROMPT} tokens, perplexity (nll against sticky)")
+    for column in ("", *texts):
+        table.add_column(column)
+    for label, rows in results.items():
+        cells = []
+        for row in rows.values():
+            extra = ""
+            if "nll_vs_sticky" in row and label != "default 40%":
+                extra = f" ({row['nll_vs_sticky']:+.3f} ± {row['stderr_vs_sticky']:.3f})"
+            cells.append(f"{row['ppl']:.2f}{extra}")
+        table.add_row(label, *cells)
+    console.print(table)
+    if options.json:
+        result = {"model": options.model, "prompts": options.prompts, "results": results, "versions": versions()}
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

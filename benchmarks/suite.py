@@ -1,0 +1,108 @@
+"""Run `pp-fx bench` over prefill and decode shapes, one process each, and write table, plot and JSON.
+
+    python benchmarks/suite.py --out benchmarks/results/cpu
+
+The attention implementation is the one with which the dense model is faster at that shape (CPU: compiled eager
+attention up to 256 tokens, SDPA above), so that pruning is compared with the best dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+SHAPES: list[dict[str, Any]] = [
+    {"phase": "prefill", "batch": 64, "length": 32, "attention": "eager"},
+    {"phase": "prefill", "batch": 16, "length": 128, "attention": "eager"},
+    {"phase": "prefill", "batch": 8, "length": 256, "attention": "eager"},
+    {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa"},
+    {"phase": "decode", "batch": 1, "length": 128, "new_tokens": 96, "attention": "eager"},
+    {"phase": "decode", "batch": 8, "length": 128, "new_tokens": 96, "attention": "eager"},
+]
+
+
+def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "result.json")
+        options = [part for key, value in shape.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options, "--compile", "--json", str(out)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    flags = {"avx512_bf16", "amx_bf16", "avx512f"} & set(next(x for x in lines if x.startswith("flags")).split())
+    return next(x.split(":")[1].strip() for x in lines if x.startswith("model name")) + f" ({', '.join(sorted(flags))})"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one row a shape; ideal includes the probe for prefill."""
+    lines = [
+        "| phase, batch x length | core | dense ms | pruned ms | ratio | ideal | ratio/ideal | with head (ideal) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        s, head = r["settings"], r["with_head"]
+        ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
+        lines.append(
+            f"| {s['phase']}, {s['batch']} x {s['length']} | {s['attention']} | {r['dense_ms']:.1f} | "
+            f"{r['pruned_ms']:.1f} | **{r['ratio']:.3f}** | {ideal:.3f} | {r['ratio'] / ideal:.3f} | "
+            f"{head['ratio']:.3f} ({head_ideal:.3f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Measured ratio beside the ideal one, a pair of bars a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [f"{r['settings']['phase']}\n{r['settings']['batch']} x {r['settings']['length']}" for r in results]
+    figure, axes = pyplot.subplots(figsize=(1.5 * len(results) + 1, 4.5), layout="constrained")
+    places = range(len(results))
+    axes.bar([p - 0.2 for p in places], [r["ratio"] for r in results], 0.4, label="measured", color="#2a6f97")
+    ideals = [r.get("ideal_with_probe", r["ideal"]) for r in results]
+    axes.bar([p + 0.2 for p in places], ideals, 0.4, label="ideal (MACs or bytes, probe included)", color="#c9d6df")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.text(len(results) - 0.45, 1.01, "dense", ha="right", va="bottom")
+    axes.set_xticks(list(places), labels)
+    axes.set_ylim(0, 1.25)
+    axes.set_ylabel("time, pruned / dense")
+    axes.set_title(f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread")
+    axes.legend(loc="upper left", ncols=2, frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    options = parser.parse_args()
+    console = Console()
+    results = [run(options.model, shape) for shape in track(SHAPES, "benchmarks", console=console)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"processor": processor(), "results": results}
+    options.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(f"{processor()}\n\n{table(results)}", encoding="utf-8")
+    plot(results, options.out.with_suffix(".png"))
+    console.print(table(results))
+
+
+if __name__ == "__main__":
+    main()
