@@ -1,43 +1,37 @@
-"""What stands in for the dropped channels: a vector added to the branch's output, by registry name."""
+"""What stands in for the dropped channels: a vector added to the branch's output, by registry name.
+
+Adding one: write a function and put it into `COMPENSATIONS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .state import GroupState
-
-Compensation = Callable[["GroupState", Tensor, "Tensor | None", Tensor], Tensor]
+Compensation = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float], Tensor]
 
 
-def mean(state: GroupState, kept_columns: Tensor, probe_mean: Tensor | None, weight: Tensor) -> Tensor:
+def mean(
+    weight: Tensor, dropped: Tensor, history: Tensor | None, probe: Tensor | None, share: Tensor | float
+) -> Tensor:
     """The dropped channels' mean output, W @ mu: mu is part history, part probe (FLAP's bias, made dynamic).
 
-    Without history yet (`state.seen` is 0) the probe alone gives the mean.
-
     Args:
-        state: of the group; `state.mean` is fp32 [C].
-        kept_columns: int64 [k], input columns of the output projection that run.
-        probe_mean: fp32 [C], mean of the probe state over its real rows; None without a probe (the history decides).
         weight: output projection [H, C].
+        dropped: fp32 [C], 1 for the dropped channels, 0 for the kept ones.
+        history: fp32 [C], running mean of the intermediate state, or None without history.
+        probe: fp32 [C], mean of the probe state over its real rows, or None without a probe. One of the two is given.
+        share: of the history in mu, in [0, 1]; 0 while the history has seen nothing.
 
     Returns:
         [H] in the weight's dtype.
     """
-    history = state.mean
-    if probe_mean is None:
-        mu: Any = history
-    elif history is None:
-        mu = probe_mean
+    if probe is None or history is None:
+        mu = history if probe is None else probe
     else:
-        share = state.config.compensation_mix * state.seen
-        mu = share * history + (1 - share) * probe_mean
-    dropped = torch.ones_like(mu).index_fill(0, kept_columns, 0)
-    return weight @ (mu * dropped).to(weight.dtype)
+        mu = share * history + (1 - share) * probe
+    return weight @ (mu * dropped).to(weight.dtype)  # type: ignore[operator]
 
 
 COMPENSATIONS: dict[str, Compensation] = {"mean": mean}

@@ -118,7 +118,9 @@ def compensate(
         return None  # compact weights have it in their bias
     if selection.compensation is None:
         probe_mean = None if z is None or rows is None else probe_channel_moment(z, rows, 1)
-        vector = COMPENSATIONS[state.compensation](state, selection.columns, probe_mean, weight)
+        dropped = torch.ones(weight.shape[1], device=weight.device).index_fill(0, selection.columns, 0)
+        share = state.config.compensation_mix * state.seen
+        vector = COMPENSATIONS[state.compensation](weight, dropped, state.mean, probe_mean, share)
         if selection.former is not None:
             changed, former = selection.former
             vector, selection.former = torch.where(changed, vector, former), None  # type: ignore[arg-type]
