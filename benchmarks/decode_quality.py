@@ -3,16 +3,16 @@
 8 prompts x 256 tokens, then 64 teacher-forced tokens one at a time (the same text goes on), or 192 tokens of Python's
 documentation (the topic changes). One batch, bf16, calibrated on 64 x 512 tokens of the calibration text.
 
-    python benchmarks/decode_quality.py --text test.txt --calibration valid.txt --json decode-quality.json
+    python benchmarks/decode_quality.py --text test.txt --calibration valid.txt --out benchmarks/results/decode-quality
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from report import bars, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--json", default=None)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode-quality"))
     options = parser.parse_args()
     console = Console()
     model, tokenizer = load(options.model, torch.bfloat16)
@@ -89,9 +89,11 @@ def main() -> None:
             cells.append(f"{row['ppl']:.2f}{extra}")
         table.add_row(label, *cells)
     console.print(table)
-    if options.json:
-        result = {"model": options.model, "prompts": options.prompts, "results": results, "versions": versions()}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"model": options.model, "prompts": options.prompts, "results": results, "versions": versions()}
+    write_json(options.out.with_suffix(".json"), result)
+    series = {name: [rows[name]["ppl"] for rows in results.values()] for name in texts}
+    title = f"{options.model}: decoding after {options.prompts} prompts x {PROMPT} tokens"
+    bars(options.out.with_suffix(".png"), title, "perplexity", list(results), series)
 
 
 if __name__ == "__main__":

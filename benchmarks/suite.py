@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from report import bars, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -67,26 +68,16 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Measured ratio beside the ideal one, a pair of bars a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = [f"{r['settings']['phase']}\n{r['settings']['batch']} x {r['settings']['length']}" for r in results]
-    figure, axes = pyplot.subplots(figsize=(1.5 * len(results) + 1, 4.5), layout="constrained")
-    places = range(len(results))
-    axes.bar([p - 0.2 for p in places], [r["ratio"] for r in results], 0.4, label="measured", color="#2a6f97")
+    """Measured ratio beside the ideal one."""
+    shapes = [r["settings"] for r in results]
     ideals = [r.get("ideal_with_probe", r["ideal"]) for r in results]
-    axes.bar([p + 0.2 for p in places], ideals, 0.4, label="ideal (MACs or bytes, probe included)", color="#c9d6df")
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.text(len(results) - 0.45, 1.01, "dense", ha="right", va="bottom")
-    axes.set_xticks(list(places), labels)
-    axes.set_ylim(0, 1.25)
-    axes.set_ylabel("time, pruned / dense")
-    axes.set_title(f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread")
-    axes.legend(loc="upper left", ncols=2, frameon=False)
-    figure.savefig(file, dpi=150)
+    bars(
+        file,
+        f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread",
+        "time, pruned / dense",
+        [f"{s['phase']} {s['batch']} x {s['length']}" for s in shapes],
+        {"measured": [r["ratio"] for r in results], "ideal (MACs or bytes, probe included)": ideals},
+    )
 
 
 def main() -> None:
@@ -96,9 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     results = [run(options.model, shape) for shape in track(SHAPES, "benchmarks", console=console)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"processor": processor(), "results": results}
-    options.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out.with_suffix(".json"), {"processor": processor(), "results": results})
     options.out.with_suffix(".md").write_text(f"{processor()}\n\n{table(results)}", encoding="utf-8")
     plot(results, options.out.with_suffix(".png"))
     console.print(table(results))

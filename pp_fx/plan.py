@@ -36,13 +36,15 @@ class LayerInfo:
     Attributes:
         index: of the layer in the model and in the KV cache.
         owner: identity of the transform (an int that no other transform of this process has).
+        prunes: whether anything of this layer is dropped.
         version: of the layer's weights; grows when they are loaded or moved.
     """
 
-    def __init__(self, index: int, owner: int, config: ProbePruningConfig) -> None:
+    def __init__(self, index: int, owner: int, config: ProbePruningConfig, prunes: bool) -> None:
         self.index = index
         self.owner = owner
         self.config = config
+        self.prunes = prunes
         self.version = 0
 
 
@@ -72,6 +74,8 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
     on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense.
     """
+    if not layer.prunes:
+        return Plan(False, False, cache, {})
     if cache is None:
         return Plan(True, False, None, {})
     selections = selections_on(cache)

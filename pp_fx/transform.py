@@ -98,7 +98,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     try:
         for i, (layer, cls, states) in enumerate(prepared):
             done.append(layer)
-            install(layer, cls, LayerInfo(i, owner, config), states)
+            install(layer, cls, LayerInfo(i, owner, config, any(s.prunes for s in states.values())), states)
         model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
         holder.__dict__[INFO] = ModelInfo(owner, config, prunes)

@@ -1,0 +1,90 @@
+"""Perplexity of dense and pruned models by the standard protocol, with calibration in and out of domain.
+
+The first 20 x 512 tokens of the text as one batch, no BOS; calibration on 64 x 512 tokens of the calibration text or
+of Python's documentation.
+
+    python benchmarks/perplexity.py --text test.txt --calibration valid.txt --out benchmarks/results/perplexity
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import bars, write_json
+from rich.console import Console
+from rich.table import Table
+
+import pp_fx
+from pp_fx.cli import versions
+from pp_fx.evaluate import evaluate
+from pp_fx.macs import count_macs
+from pp_fx.models import load
+from pp_fx.text import PYTHON_DOCS, read, sequences
+
+CONFIGS = {
+    "default, MLP 20%": pp_fx.ProbePruningConfig(mlp_ratio=0.2),
+    "default, MLP 40%": pp_fx.ProbePruningConfig(),
+    "paper preset, MLP 40%": pp_fx.ProbePruningConfig.paper(0.4, 0.0, round_to=1),
+    "paper preset, MLP and attention 40%": pp_fx.ProbePruningConfig.paper(0.4, round_to=1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/perplexity"))
+    options = parser.parse_args()
+    console = Console()
+    model, tokenizer = load(options.model, torch.bfloat16)
+    test = sequences(read(options.text), tokenizer, 20, 512)
+    samples = {
+        "in domain": sequences(read(options.calibration), tokenizer, 64, 512),
+        "out of domain": sequences(read(PYTHON_DOCS), tokenizer, 64, 512),
+    }
+    dense = evaluate(model, test, 20, progress="dense")
+    wide = evaluate(copy.deepcopy(model).float(), test, 20, progress="dense, fp32")
+    rows: list[dict[str, Any]] = []
+    for label, config in CONFIGS.items():
+        row: dict[str, Any] = {"label": label, "config": config.to_dict()}
+        for name, sample in samples.items():
+            pp_fx.transform(model, config)
+            pp_fx.calibrate(model, sample)
+            found = evaluate(model, test, 20, progress=f"{label}, {name}")
+            row[name] = {"ppl": found.ppl, "nll": found.nll, "nll_stderr_vs_dense": found.stderr_vs(dense)}
+            macs = count_macs(model, *test.shape)
+            row["macs"] = {"pruned": macs.ideal, "probe": macs.probe / macs.dense}
+            pp_fx.restore(model)
+        rows.append(row)
+    write_json(
+        options.out.with_suffix(".json"),
+        {
+            "model": options.model,
+            "dense": {"bfloat16": dense.to_dict(), "float32": wide.to_dict()},
+            "rows": rows,
+            "versions": versions(),
+        },
+    )
+    bars(
+        options.out.with_suffix(".png"),
+        f"{options.model}: perplexity, 20 x 512 tokens",
+        "perplexity",
+        ["dense", *(r["label"] for r in rows)],
+        {f"calibration {n}": [dense.ppl, *(r[n]["ppl"] for r in rows)] for n in samples},
+    )
+    table = Table(title=f"{options.model}: dense {dense.ppl:.2f} (bf16), {wide.ppl:.2f} (fp32)")
+    for column in ("", "block MACs", *samples):
+        table.add_column(column)
+    for r in rows:
+        share = f"{r['macs']['pruned']:.1%} + {r['macs']['probe']:.1%}"
+        table.add_row(r["label"], share, *(f"{r[n]['ppl']:.2f}" for n in samples))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

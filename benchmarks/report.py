@@ -1,0 +1,39 @@
+"""What the benchmarks share: JSON beside a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_json(file: Path, document: dict[str, Any]) -> None:
+    """Indented JSON, folders made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def bars(
+    file: Path, title: str, ylabel: str, rows: list[str], series: dict[str, list[float]], log: bool = False
+) -> None:
+    """Horizontal groups of bars, one group a row, with their values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
+    height, colors = 0.8 / len(series), ("#2a6f97", "#a9c5d6")
+    for index, (label, values) in enumerate(series.items()):
+        places = [i + (index - (len(series) - 1) / 2) * height for i in range(len(rows))]
+        drawn = axes.barh(places, values, height, label=label, color=colors[index % len(colors)])
+        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel(ylabel)
+    axes.set_title(title)
+    axes.margins(x=0.12)
+    if len(series) > 1:
+        axes.legend(frameon=False, loc="lower right")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
