@@ -83,10 +83,16 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="only these shapes; the file's others stay")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     options = parser.parse_args()
     console = Console()
-    results = [run(options.model, shape) for shape in track(SHAPES, "benchmarks", console=console)]
+    shapes = [s for s in SHAPES if options.phase in (None, s["phase"])]
+    results = [run(options.model, shape) for shape in track(shapes, "benchmarks", console=console)]
+    if options.phase is not None and options.out.with_suffix(".json").exists():
+        before = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))["results"]
+        others = [r for r in before if r["settings"]["phase"] != options.phase]
+        results = others + results if options.phase == "decode" else results + others
     write_json(options.out.with_suffix(".json"), {"processor": processor(), "results": results})
     options.out.with_suffix(".md").write_text(f"{processor()}\n\n{table(results)}", encoding="utf-8")
     plot(results, options.out.with_suffix(".png"))
