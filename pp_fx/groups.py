@@ -236,7 +236,7 @@ class _Finder:
                 continue
             try:
                 (part,) = run.run([q], {query.node: full.index_select(2, kept).flatten(2)})
-            except RuntimeError:
+            except (RuntimeError, IndexError):
                 raise _NoProof("the number of heads is a constant between the query projection and the core") from None
             if not torch.equal(part, whole.index_select(1, kept)):
                 raise _NoProof("the query heads are not separable (something mixes them before the core)")

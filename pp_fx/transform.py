@@ -224,5 +224,5 @@ def _state(layer: nn.Module, structure: _Structure, group: Group, kept: int, con
     weight = layer.get_parameter(str(group.output.weight.target))
     extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind]}
     if isinstance(group, AttentionGroup):
-        extra |= {"kv_head": group.kv_head, "attention_module": layer.get_submodule(group.core_module)}
+        extra["kv_head"] = group.kv_head
     return GroupState(group.kind, group.units, group.width, kept, config, weight, structure.probes[group.kind], **extra)
