@@ -110,7 +110,8 @@ def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, re
 
         return forward
 
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
+    device, mode = weight.device, getattr(weight, "fake_mode", contextlib.nullcontext())
     ids = torch.zeros((batch, length), dtype=torch.long, device=device)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # a padded row makes the model build a real mask tensor
@@ -120,7 +121,7 @@ def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, re
     try:
         for i, layer in enumerate(layers):
             layer.__dict__["forward"] = recorder(i)
-        with torch.no_grad(), _hooks_silenced(model):
+        with torch.no_grad(), mode, _hooks_silenced(model):
             model(**inputs)
     finally:
         for layer in layers:

@@ -87,7 +87,6 @@ class AttentionGroup(Group):
     """Query heads. `inputs` is the query projection alone; `kv_head[h]` is the key/value head that head h reads."""
 
     core: fx.Node
-    core_module: str
     kv_head: tuple[int, ...]
     key_value: tuple[Projection, ...]
 
@@ -208,7 +207,6 @@ class _Finder:
             heads,
             width,
             core,
-            str(core.args[0].target),
             tuple(h // (heads // kv_heads) for h in range(heads)),
             tuple(projections[1:]),
         )

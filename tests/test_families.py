@@ -132,7 +132,7 @@ def test_what_cannot_be_captured_is_refused_by_name_and_left_alone(name, ids):
 def test_one_structure_is_captured_once(monkeypatch):
     import importlib
 
-    module = importlib.import_module("pp_fx.transform")
+    module = importlib.import_module("pp_fx.structure")
     captured, real = [], module.capture_layer
 
     def counting(*args):
