@@ -3,6 +3,7 @@
 from .base import BlockGraph, GroupNodes, Pass, PassManager, PassResult
 from .cleanup import Cleanup
 from .find_channel_groups import FindChannelGroups
+from .free_head_count import FreeHeadCount
 from .gather_channels import GatherChannels
 from .insert_compensation import InsertCompensation
 from .insert_history import InsertHistory
@@ -14,6 +15,7 @@ def probe_pruning() -> PassManager:
     """The passes of Probe Pruning, in order."""
     return PassManager(
         [
+            FreeHeadCount(),
             FindChannelGroups(),
             InsertProbe(),
             InsertSelection(),
@@ -29,6 +31,7 @@ __all__ = [
     "BlockGraph",
     "Cleanup",
     "FindChannelGroups",
+    "FreeHeadCount",
     "GatherChannels",
     "GroupNodes",
     "InsertCompensation",

@@ -28,7 +28,8 @@ class InsertProbe(Pass):
         first_call = next(n for n in block.graph.nodes if n.op == "call_function")
         with block.graph.inserting_before(first_call):
             block.layer = block.graph.get_attr(LAYER)
-            args = (block.layer, hidden, block.argument("past_key_values"))
+            cache = next((n.args[0] for n in block.graph.nodes if n.target is runtime.kv_update), None)
+            args = (block.layer, hidden, cache)
             block.plan = block.call(plan.plan_call, args, "plan")
             args = (hidden, block.argument("attention_mask"), block.plan, block.layer)
             block.real_rows = block.call(runtime.real_rows, args, "real_rows")

@@ -3,6 +3,7 @@
 from . import errors
 from .calibrate import calibrate
 from .config import ProbeConfig, ProbePruningConfig
+from .explain import explain
 from .history import history_frozen
 from .transform import is_transformed, restore, transform
 
@@ -11,6 +12,7 @@ __all__ = [
     "ProbePruningConfig",
     "calibrate",
     "errors",
+    "explain",
     "history_frozen",
     "is_transformed",
     "restore",

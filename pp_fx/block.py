@@ -42,6 +42,8 @@ class ProbePrunedLayer:
     groups: dict[str, Group]
     outputs: dict[str, str]
     """Group kind -> path of the output projection's weight."""
+    reasons: list[str]
+    """Why a branch of the layer is left dense."""
 
     def states(self) -> dict[str, GroupState]:
         """Group kind -> state."""
@@ -62,12 +64,13 @@ class ProbePrunedLayer:
         return self
 
 
-def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str, Group]) -> type:
+def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str, Group], reasons: list[str]) -> type:
     """The class for the layers of one structure."""
     body = {
         "graph": graph,
         "original_class": layer_class,
         "groups": groups,
+        "reasons": reasons,
         "outputs": {kind: str(group.output.weight.target) for kind, group in groups.items()},
         "forward": compile_graph(graph, layer_class.__name__),
         "__doc__": f"{layer_class.__name__} rewritten by pp_fx.",

@@ -66,39 +66,67 @@ def _signature(layer: nn.Module) -> inspect.Signature:
 
 def _is_decoder(layer: nn.Module) -> bool:
     causal = [m.is_causal for m in layer.modules() if hasattr(m, "is_causal")]
-    return "past_key_values" in _signature(layer).parameters and all(causal)
+    # `past_key_values` in newer transformers models, `layer_past` in older ones
+    return any("past" in name for name in _signature(layer).parameters) and all(causal)
 
 
-def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: int) -> list[tuple[tuple, dict]]:
+Call = tuple[tuple, dict[str, Any]]
+
+
+def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: int) -> list[Call]:
     """The arguments that the model passes to every layer for `batch` x `length` tokens, one of them padded.
 
     The layers' bodies are skipped, so this costs an embedding, a mask and a rotary table whatever the model's size.
+
+    Raises:
+        CaptureError: the model does not call each of its layers once with hidden states [batch, length, H].
     """
-    calls: dict[int, tuple[tuple, dict]] = {}
+    for result in (lambda hidden: hidden, lambda hidden: (hidden,)):  # layers return a tensor, or a tuple with it
+        try:
+            calls = _record(model, layers, batch, length, result)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            continue
+        if all(_hidden(call).shape[:2] == (batch, length) and _hidden(call).ndim == 3 for call in calls.values()):
+            if len(calls) == len(layers):
+                return [calls[i] for i in range(len(layers))]
+    raise CaptureError(
+        f"{type(model).__name__} does not call each of its {len(layers)} layers with hidden states [B, T, H]; "
+        "it cannot be captured"
+    )
+
+
+def _hidden(call: Call) -> torch.Tensor:
+    args, kwargs = call
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, result: Any) -> dict[int, Call]:
+    calls: dict[int, Call] = {}
 
     def recorder(index: int):
         def forward(*args, **kwargs):
             calls[index] = (args, kwargs)
-            return args[0] if args else kwargs["hidden_states"]
+            return result(_hidden(calls[index]))
 
         return forward
 
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
+    device, mode = weight.device, getattr(weight, "fake_mode", contextlib.nullcontext())
     ids = torch.zeros((batch, length), dtype=torch.long, device=device)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # a padded row makes the model build a real mask tensor
-    positions = torch.arange(length, device=device).expand(batch, length)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.arange(length, device=device).expand(batch, length)
     try:
         for i, layer in enumerate(layers):
             layer.__dict__["forward"] = recorder(i)
-        with torch.no_grad(), _hooks_silenced(model):
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        with torch.no_grad(), mode, _hooks_silenced(model):
+            model(**inputs)
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
-    if len(calls) != len(layers):
-        raise CaptureError(f"the model called {len(calls)} of its {len(layers)} layers; it cannot be captured")
-    return [calls[i] for i in range(len(layers))]
+    return calls
 
 
 @contextlib.contextmanager
@@ -202,6 +230,9 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
     def bind(call):
         bound = signature.bind(*call[0], **call[1])
         bound.apply_defaults()
+        caches = [k for k, v in bound.arguments.items() if isinstance(v, Cache)]
+        if len(caches) != 1:
+            raise CaptureError(f"{type(layer).__name__} takes {len(caches)} KV caches as arguments; it needs one")
         arguments = {k: markers.StubCache() if isinstance(v, Cache) else v for k, v in bound.arguments.items()}
         if var_kwargs:
             arguments[var_kwargs] = {**arguments[var_kwargs], _TOKEN_NAME: _TOKEN}
@@ -243,13 +274,14 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         raise
     except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
         raise CaptureError(f"torch.export cannot capture {type(layer).__name__}: {error}") from error
-    return _Cleaner(program, signature, var_kwargs, [pathed[i][0] for i in slots], sites, names).clean()
+    cache = next(path[0].key for path, leaf in pathed if isinstance(leaf, markers.StubCache))
+    return _Cleaner(program, signature, var_kwargs, cache, [pathed[i][0] for i in slots], sites, names).clean()
 
 
 class _Cleaner:
     """Exported program -> Graph with the layer's own signature and no trace of the capture."""
 
-    def __init__(self, program, signature, var_kwargs, paths, sites, module_names):
+    def __init__(self, program, signature, var_kwargs, cache, paths, sites, module_names):
         self.program = program
         self.paths = paths
         self.sites = sites
@@ -263,7 +295,7 @@ class _Cleaner:
             self.arguments[p.name] = self.graph.create_node("placeholder", name, default, {}, name=p.name)
         self.var_kwargs = var_kwargs
         self.hidden = next(iter(self.arguments.values()))
-        self.cache = self.arguments["past_key_values"]
+        self.cache = self.arguments[cache]
         self._shared: dict[Any, fx.Node] = {}
 
     def clean(self) -> fx.Graph:

@@ -20,9 +20,10 @@ from .calibrate import calibrate
 from .config import ProbePruningConfig
 from .errors import InputError, PpFxError
 from .evaluate import evaluate
+from .explain import explain
 from .history import history_frozen
 from .macs import count_macs, kept_per_layer
-from .models import EMBEDDED, load
+from .models import EMBEDDED, load, load_config
 from .text import PYTHON_DOCS, read, sequences
 from .transform import transform
 
@@ -142,6 +143,28 @@ def _bench_table(result: dict[str, Any]) -> Table:
         numbers = (row["dense_ms"], row["pruned_ms"], row["ratio"], ideal, row["ratio"] / ideal)
         table.add_row(label, *(f"{n:.2f}" if i < 2 else f"{n:.3f}" for i, n in enumerate(numbers)))
     return table
+
+
+@app.command("explain")
+def explain_command(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id, whose configuration is enough, or smollm2.")
+    ],
+    batch: Annotated[int, typer.Option(help="Prompts for which the probe is counted.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 512,
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    preset: Preset = "default",
+    config: Config = None,
+    json_file: Json = None,
+) -> None:
+    """Which channels and heads of MODEL can be pruned, and why the rest stays dense. Needs no weights."""
+    console = _console(json_file)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    found = explain(load_config(model), settings, batch=batch, length=length)
+    _write(found.to_dict(), json_file)
+    if json_file != "-":
+        console.print(found.table())
 
 
 def run_eval(

@@ -87,7 +87,6 @@ class AttentionGroup(Group):
     """Query heads. `inputs` is the query projection alone; `kv_head[h]` is the key/value head that head h reads."""
 
     core: fx.Node
-    core_module: str
     kv_head: tuple[int, ...]
     key_value: tuple[Projection, ...]
 
@@ -208,7 +207,6 @@ class _Finder:
             heads,
             width,
             core,
-            str(core.args[0].target),
             tuple(h // (heads // kv_heads) for h in range(heads)),
             tuple(projections[1:]),
         )
@@ -236,7 +234,7 @@ class _Finder:
                 continue
             try:
                 (part,) = run.run([q], {query.node: full.index_select(2, kept).flatten(2)})
-            except RuntimeError:
+            except (RuntimeError, IndexError):
                 raise _NoProof("the number of heads is a constant between the query projection and the core") from None
             if not torch.equal(part, whole.index_select(1, kept)):
                 raise _NoProof("the query heads are not separable (something mixes them before the core)")

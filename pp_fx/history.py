@@ -34,12 +34,14 @@ def update_history(
     statistics are not finite, or without a real row, leaves the history as it was.
 
     Args:
-        z: [B, T, kept columns], input of the output projection (all columns during calibration).
+        z: [B, T, kept columns] or [B * T, kept columns], input of the output projection (all columns during
+            calibration).
         real: bool [B, T] or None.
         probe: probe state [B', T', C] or None.
     """
     if not plan.selects:
         return
+    z = z.reshape(*plan.shape, -1)
     if state.mode == "calibrate":
         if state.prunes:
             _accumulate(state, z, real)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import ProbeConfig
+from .groups import Group
+from .state import states_of
 from .transform import layers_of
 
 
@@ -30,6 +33,9 @@ class Macs:
         """pruned / dense."""
         return self.pruned / self.dense
 
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.dense + other.dense, self.pruned + other.pruned, self.probe + other.probe)
+
 
 def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     """MACs per token of a transformed model for prefill of `batch` x `length` tokens; attention cores left out.
@@ -37,22 +43,26 @@ def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     Raises:
         StateError: the model is not transformed.
     """
-    dense = pruned = probe = 0.0
-    for layer in layers_of(model):
-        weights = {n: p for n, p in layer.named_parameters() if p.ndim == 2}
-        whole = sum(p.numel() for p in weights.values())
-        dense += whole
-        pruned += whole
-        for kind, group in layer.groups.items():
-            state: Any = layer.states()[kind]
-            if not state.prunes:
-                continue
-            size = sum(weights[name].numel() for name in group.weights)
-            pruned -= size * (1 - state.kept_units / state.units)
-            settings = state.config.probe
-            rows = settings.samples(batch) * settings.positions(length)
+    layers = layers_of(model)
+    kept = [{kind: s.kept_units for kind, s in layer.states().items()} for layer in layers]
+    settings = next((s.config.probe for s in states_of(model)), ProbeConfig())
+    parts = [layer_macs(a, a.groups, k, settings, batch, length) for a, k in zip(layers, kept, strict=True)]
+    return sum(parts, Macs(0.0, 0.0, 0.0))
+
+
+def layer_macs(
+    layer: nn.Module, groups: dict[str, Group], kept: dict[str, int], settings: ProbeConfig, batch: int, length: int
+) -> Macs:
+    """MACs per token of one layer of which `kept[kind]` units of every group run."""
+    weights = {n: p.numel() for n, p in layer.named_parameters() if p.ndim == 2}
+    dense = pruned = float(sum(weights.values()))
+    probe = 0.0
+    share = settings.samples(batch) * settings.positions(length) / (batch * length)
+    for kind, group in groups.items():
+        if kept[kind] < group.units:
+            pruned -= sum(weights[name] for name in group.weights) * (1 - kept[kind] / group.units)
             read = {*group.inputs, *getattr(group, "key_value", ())}
-            probe += rows / (batch * length) * sum(weights[str(p.weight.target)].numel() for p in read)
+            probe += share * sum(weights[str(p.weight.target)] for p in read)
     return Macs(dense, pruned, probe)
 
 

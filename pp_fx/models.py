@@ -29,6 +29,30 @@ def embedded_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def load_config(name: str) -> Any:
+    """The transformers configuration of a model, without its weights.
+
+    Args:
+        name: a local folder, a hub id, or "smollm2".
+
+    Raises:
+        InputError: there is no configuration under that name.
+    """
+    try:
+        if name == EMBEDDED:
+            return AutoConfig.from_pretrained(str(embedded_folder()), gguf_file=_GGUF)
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    reason = str(error).strip().splitlines()[0]
+    return InputError(f"model={name!r} cannot be loaded ({reason}); give a folder, a hub id or {EMBEDDED!r}")
+
+
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model in eval mode and tokenizer.
 
@@ -45,12 +69,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model={name!r} cannot be loaded ({reason}); give a folder, a hub id or {EMBEDDED!r}") from (
-            error
-        )
+        raise _not_loaded(name, error) from error
 
 
 def _load_gguf(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     """Decided once per block call.
 
     Attributes:
+        shape: B and T of the call.
         selects: the call selects anew, from its own tokens.
         reprobes: the call re-probes the last decoded tokens.
         cache: the KV cache, or None.
@@ -60,6 +61,7 @@ class Plan(NamedTuple):
             the new selection counts, else the stored one.
     """
 
+    shape: tuple[int, int]
     selects: bool
     reprobes: bool
     cache: Any
@@ -74,22 +76,23 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
     on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense.
     """
+    shape = hidden_states.shape[0], hidden_states.shape[1]
     if not layer.prunes:
-        return Plan(False, False, cache, {})
+        return Plan(shape, False, False, cache, {})
     if cache is None:
-        return Plan(True, False, None, {})
+        return Plan(shape, True, False, None, {})
     selections = selections_on(cache)
     stored = _stored(layer, selections)
-    length, config = hidden_states.shape[1], layer.config
+    length, config = shape[1], layer.config
     if length >= config.min_select_tokens or not stored:
-        return Plan(True, False, cache, stored)
+        return Plan(shape, True, False, cache, stored)
     if torch.compiler.is_compiling():
         cached = cache.get_seq_length(layer.index)
         if isinstance(cached, Tensor):  # a StaticCache: `check_cache` could not see whether it was reset
             if length > 1 and config.decode != "dense":
-                return Plan(True, False, cache, stored, cached == 0)
+                return Plan(shape, True, False, cache, stored, cached == 0)
             torch._assert_async(cached > 0, _RESET)
-    return Plan(False, selections.reprobes, cache, {} if config.decode == "dense" else stored)  # type: ignore[union-attr]
+    return Plan(shape, False, selections.reprobes, cache, {} if config.decode == "dense" else stored)  # type: ignore[union-attr]
 
 
 _RESET = (

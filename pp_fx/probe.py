@@ -108,7 +108,11 @@ def probe_mask(rows: ProbeRows | None, residual: Tensor | None) -> Tensor | None
 
 def probe_state(state: GroupState, inputs: tuple, parameters: tuple) -> Tensor | None:
     """The branch's intermediate state of the probe rows, [B', T', C]; None without a probe."""
-    return None if inputs[0] is None else state.probe(state, *inputs, *parameters)
+    residual = inputs[0]
+    if residual is None:
+        return None
+    # some layers flatten batch and time before the branch
+    return state.probe(state, *inputs, *parameters).reshape(residual.shape[0], residual.shape[1], -1)
 
 
 def probe_moment(z: Tensor, rows: ProbeRows, power: int) -> Tensor:

@@ -51,12 +51,18 @@ def kv_update(cache, k, v, layer):
 
 
 class PrunedAttentionView:
-    """What an attention function reads from its module, with one key/value head per kept query head."""
+    """What an attention function reads from its module, with one key/value head per kept query head.
 
-    def __init__(self, module: nn.Module) -> None:
+    Parameters with one number per query head (attention sinks) are cut to the kept heads.
+    """
+
+    def __init__(self, module: nn.Module, heads: int, kept: Tensor) -> None:
         for name, value in module.__dict__.items():
             if not name.startswith("_") and isinstance(value, int | float | str | type(None)):
                 setattr(self, name, value)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.shape[:1] == (heads,):
+                setattr(self, name, parameter.index_select(0, kept))
         self.config = module.config
         self.num_key_value_groups = 1
 
@@ -76,7 +82,8 @@ def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwarg
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == state.units and state.units > 1:
         mask = mask.index_select(1, selection.kept)
     call = _attention_function(module)
-    return call(state.attention_view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+    view = PrunedAttentionView(module, state.units, selection.kept)
+    return call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
 
 def probe_attention(module, q, k, v, mask, **kwargs):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .config import ProbePruningConfig
-from .runtime import PrunedAttentionView
 
 _NORM_CHUNK = 1024
 
@@ -46,7 +45,6 @@ class GroupState(nn.Module):
         weight: nn.Parameter,
         probe: Callable[..., Tensor],
         kv_head: tuple[int, ...] | None = None,
-        attention_module: nn.Module | None = None,
         reprobes: bool = False,
     ) -> None:
         super().__init__()
@@ -57,7 +55,6 @@ class GroupState(nn.Module):
         self.holds_compact = config.decode != "dense"
         self.mode = "frozen" if config.freeze_history else "run"
         self.compensation = config.mlp_compensation if name == "mlp" else config.attention_compensation
-        self.attention_view = None if attention_module is None else PrunedAttentionView(attention_module)
         self.sums: dict[str, Tensor] = {}
         columns = units * width
         device = weight.device

@@ -6,36 +6,23 @@ import itertools
 import logging
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from . import runtime
-from .block import ProbePrunedLayer, block_class, compile_graph, install, uninstall
-from .capture import capture_layer, find_layers, record_calls, structure_key
+from .block import ProbePrunedLayer, install, uninstall
+from .capture import find_layers, structure_key
 from .config import ProbePruningConfig
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .groups import AttentionGroup, Group
-from .passes import BlockGraph, probe_pruning
 from .plan import INFO, LayerInfo, ModelInfo, check_cache
 from .state import GroupState
+from .structure import Structure, find_structures
 
 logger = logging.getLogger(__name__)
 CONFIG = "pp_fx_config"
 """Attribute of a transformed model that holds its ProbePruningConfig."""
 _owners = itertools.count(1)
-
-
-@dataclass
-class _Structure:
-    """What all layers of one structure share."""
-
-    cls: type
-    groups: dict[str, Group]
-    probes: dict[str, Any]
-    reprobes: dict[str, bool]
-    reasons: list[str]
 
 
 def is_transformed(model: nn.Module) -> bool:
@@ -78,11 +65,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     path, layers = find_layers(model)
     for i, layer in enumerate(layers):
         _check_hooks(i, layer)
-    carried = {
-        "mlp": config.layer_ratio("mlp_ratio", len(layers)),
-        "attention": config.layer_ratio("attention_ratio", len(layers)),
-    }
-    structures = _structures(model, layers)
+    carried = carried_ratios(config, len(layers))
+    structures = find_structures(model, layers)
     _warn_dense(structures.values(), carried)
     prepared = []
     for i, layer in enumerate(layers):
@@ -128,6 +112,11 @@ def restore(model: nn.Module) -> nn.Module:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     return model
+
+
+def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[str, float]:
+    """Group kind -> the ratio that each layer after `skip_layers` carries."""
+    return {kind: config.layer_ratio(f"{kind}_ratio", layers) for kind in ("mlp", "attention")}
 
 
 def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
@@ -192,26 +181,6 @@ def _check_hooks(index: int, layer: nn.Module) -> None:
             raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
 
 
-def _structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, _Structure]:
-    calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
-    found: dict[tuple, _Structure] = {}
-    for i, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "config"):
-                runtime.register_eager_attention(module)
-        key = structure_key(layer)
-        if key in found:
-            continue
-        block = BlockGraph(capture_layer(model, layer, (calls[0][i], calls[1][i])))
-        probe_pruning()(block)
-        groups = {n.group.kind: n.group for n in block.inserted}
-        probes = {n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted}  # type: ignore[arg-type]
-        reprobes = {n.group.kind: n.reprobes for n in block.inserted}
-        cls = block_class(type(layer), block.graph, groups)
-        found[key] = _Structure(cls, groups, probes, reprobes, block.groups.reasons)
-    return found
-
-
 def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
     for kind, ratio in carried.items():
         without = [s for s in structures if kind not in s.groups]
@@ -220,9 +189,9 @@ def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
             warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}", stacklevel=3)
 
 
-def _state(layer: nn.Module, structure: _Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
+def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
     weight = layer.get_parameter(str(group.output.weight.target))
     extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind]}
     if isinstance(group, AttentionGroup):
-        extra |= {"kv_head": group.kv_head, "attention_module": layer.get_submodule(group.core_module)}
+        extra["kv_head"] = group.kv_head
     return GroupState(group.kind, group.units, group.width, kept, config, weight, structure.probes[group.kind], **extra)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from pp_fx.passes import BlockGraph, FindChannelGroups, InsertSelection, probe_pruning
 
 import pp_fx
 from pp_fx.capture import capture_layer, find_layers, record_calls
 from pp_fx.gather import gather_columns, gather_rows
 from pp_fx.groups import find_groups
+from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 
 from .conftest import tiny_llama
+from .families import build
 
 
 def captured(model):
@@ -23,6 +24,7 @@ def test_match_counts(llama):
     matches = {name: r.matches for name, r in results.items()}
     assert matches.pop("Cleanup") >= 0
     assert matches == {
+        "FreeHeadCount": 0,  # nothing to free: Llama writes -1 for its heads
         "FindChannelGroups": 2,
         "InsertProbe": 2,
         "InsertSelection": 2,
@@ -90,6 +92,14 @@ def test_heads_that_are_mixed_before_the_core_are_left_dense(llama):
     groups = find_groups(graph)
     assert groups.attention is None
     assert any("not separable" in r for r in groups.reasons)
+
+
+def test_a_head_count_written_as_a_constant_is_freed():
+    model = build("OPT")
+    graph = captured(model)
+    assert find_groups(graph).attention is None
+    assert FreeHeadCount()(BlockGraph(graph)).matches == 1
+    assert find_groups(graph).attention.units == 4
 
 
 def test_passes_out_of_order_are_refused(llama):

@@ -1,0 +1,197 @@
+"""`explain`: what of a model is pruned where, and why not elsewhere; from a model or from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .capture import find_layers, structure_key
+from .config import ProbePruningConfig
+from .errors import UnsupportedModelError
+from .groups import AttentionGroup, Group
+from .macs import Macs, layer_macs
+from .structure import find_structures
+from .transform import CONFIG, carried_ratios, is_transformed, kept_units, layers_of
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One channel group of one layer.
+
+    Attributes:
+        kind: "mlp" or "attention".
+        inputs, output: paths of the projections, inside the layer.
+        units, kept: channels or query heads in all, and how many run.
+        kv_head: for every query head the key/value head that it reads; empty for an MLP.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    units: int
+    kept: int
+    kv_head: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer: its groups, and the reasons why other branches stay dense. MACs are per token."""
+
+    index: int
+    groups: tuple[GroupReport, ...]
+    dense: tuple[str, ...]
+    macs: Macs
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `print` shows a table."""
+
+    model: str
+    config: dict[str, Any]
+    batch: int
+    length: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def macs(self) -> Macs:
+        """Of all decoder blocks, per token."""
+        return sum((layer.macs for layer in self.layers), Macs(0.0, 0.0, 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types."""
+        return {**asdict(self), "macs": asdict(self.macs)}
+
+    def table(self) -> Any:
+        """A rich table: runs of equal layers in one row each."""
+        from rich.table import Table
+
+        macs = self.macs
+        title = f"{self.model}: {macs.pruned / macs.dense:.1%} of the block MACs + {macs.probe / macs.dense:.1%} probe"
+        table = Table(title=f"{title} at {self.batch} x {self.length}")
+        for column in ("layers", "group", "input projections", "output projection", "kept", "dense because"):
+            table.add_column(column)
+        for first, last, layer in self._runs():
+            name = str(first) if first == last else f"{first}-{last}"
+            for group in layer.groups:
+                what = "channels" if group.kind == "mlp" else f"heads on {len(set(group.kv_head))} key/value heads"
+                kept = f"{group.kept} of {group.units} {what}"
+                table.add_row(name, group.kind, ", ".join(group.inputs), group.output, kept, "")
+                name = ""
+            for reason in layer.dense:
+                table.add_row(name, "", "", "", "", reason)
+                name = ""
+        return table
+
+    def _runs(self) -> list[tuple[int, int, LayerReport]]:
+        runs: list[tuple[int, int, LayerReport]] = []
+        for layer in self.layers:
+            if runs and (runs[-1][2].groups, runs[-1][2].dense) == (layer.groups, layer.dense):
+                runs[-1] = (runs[-1][0], layer.index, layer)
+            else:
+                runs.append((layer.index, layer.index, layer))
+        return runs
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, record=True, file=_Nowhere())
+        console.print(self.table())
+        return console.export_text()
+
+
+class _Nowhere:
+    def write(self, text: str) -> None:
+        """Drop the text: the console records it."""
+
+    def flush(self) -> None:
+        """Nothing is held."""
+
+
+def explain(
+    model: nn.Module | PreTrainedConfig,
+    config: ProbePruningConfig | None = None,
+    *,
+    batch: int = 1,
+    length: int = 512,
+) -> Explanation:
+    """Which channels and heads of which layers can be pruned, how many are kept, and why the rest stays dense.
+
+    Nothing is changed. From a configuration alone no weights are made or downloaded: the layers are captured on fake
+    tensors, in seconds for a model of any size.
+
+    Args:
+        model: a causal language model, transformed or not, or its transformers configuration.
+        config: what to prune; that of a transformed model, else `ProbePruningConfig()`.
+        batch, length: of the prefill for which the probe's MACs are counted.
+
+    Raises:
+        UnsupportedModelError: no decoder layers, or a layer that cannot be captured; the message names what broke.
+        ConfigError: `config` does not fit the model.
+    """
+    if isinstance(model, nn.Module) and is_transformed(model):
+        return _of_transformed(model, batch, length)
+    config = config or ProbePruningConfig()
+    if isinstance(model, PreTrainedConfig):
+        model = _fake_model(model)
+    _, layers = find_layers(model)
+    ratios = carried_ratios(config, len(layers))
+    structures = find_structures(model, layers)
+    reports = []
+    for index, layer in enumerate(layers):
+        found = structures[structure_key(layer)]
+        kept = {
+            kind: kept_units(group, 0.0 if index < config.skip_layers else ratios[kind], config)
+            for kind, group in found.groups.items()
+        }
+        reports.append(_report(index, layer, found.groups, kept, found.reasons, config, batch, length))
+    return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
+
+
+def _of_transformed(model: nn.Module, batch: int, length: int) -> Explanation:
+    config: ProbePruningConfig = model.__dict__[CONFIG]
+    reports = []
+    for index, layer in enumerate(layers_of(model)):
+        kept = {kind: state.kept_units for kind, state in layer.states().items()}
+        reports.append(_report(index, layer, layer.groups, kept, layer.reasons, config, batch, length))
+    return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
+
+
+def _report(
+    index: int,
+    layer: nn.Module,
+    groups: dict[str, Group],
+    kept: dict[str, int],
+    reasons: list[str],
+    config: ProbePruningConfig,
+    batch: int,
+    length: int,
+) -> LayerReport:
+    found = tuple(
+        GroupReport(
+            kind,
+            tuple(p.module for p in group.inputs),
+            group.output.module,
+            group.units,
+            kept[kind],
+            group.kv_head if isinstance(group, AttentionGroup) else (),
+        )
+        for kind, group in groups.items()
+    )
+    return LayerReport(index, found, tuple(reasons), layer_macs(layer, groups, kept, config.probe, batch, length))
+
+
+def _fake_model(config: PreTrainedConfig) -> nn.Module:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"config={type(config).__name__} belongs to no causal language model ({str(error).splitlines()[0]}); "
+            "give the configuration of a decoder"
+        ) from error

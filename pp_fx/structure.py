@@ -1,0 +1,61 @@
+"""What the layers of one structure share: the captured and rewritten graph, its channel groups, its probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import runtime
+from .block import block_class, compile_graph
+from .capture import capture_layer, record_calls, structure_key
+from .groups import Group
+from .passes import BlockGraph, probe_pruning
+
+
+@dataclass
+class Structure:
+    """One distinct structure of decoder layers.
+
+    Attributes:
+        cls: class of the rewritten layers.
+        groups: group kind -> group.
+        probes: group kind -> the probe branch as a function.
+        reprobes: group kind -> whether it can be probed again while decoding.
+        reasons: why a branch is left dense.
+    """
+
+    cls: type
+    groups: dict[str, Group]
+    probes: dict[str, Any]
+    reprobes: dict[str, bool]
+    reasons: list[str]
+
+
+def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Structure]:
+    """Capture one layer for each distinct structure (`capture.structure_key`). The model is not changed.
+
+    Raises:
+        CaptureError: a layer cannot be captured.
+    """
+    calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
+    found: dict[tuple, Structure] = {}
+    for i, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                runtime.register_eager_attention(module)
+        key = structure_key(layer)
+        if key in found:
+            continue
+        block = BlockGraph(capture_layer(model, layer, (calls[0][i], calls[1][i])))
+        probe_pruning()(block)
+        groups = {n.group.kind: n.group for n in block.inserted}
+        found[key] = Structure(
+            cls=block_class(type(layer), block.graph, groups, block.groups.reasons),
+            groups=groups,
+            probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
+            reprobes={n.group.kind: n.reprobes for n in block.inserted},
+            reasons=block.groups.reasons,
+        )
+    return found

@@ -1,0 +1,85 @@
+"""explain(): from a model, a transformed model and a configuration alone; and blocks that nobody has seen."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, LlamaConfig, OPTConfig
+
+import pp_fx
+from pp_fx.errors import UnsupportedModelError
+from pp_fx.macs import count_macs
+
+from .conftest import tiny_llama
+from .families import FAMILIES
+from .test_cli import folder, run  # noqa: F401
+
+CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
+
+
+def test_model_transformed_model_and_configuration_agree(llama):
+    before = pp_fx.explain(llama, CONFIG, batch=3, length=40)
+    assert not pp_fx.is_transformed(llama)
+    from_config = pp_fx.explain(llama.config, CONFIG, batch=3, length=40)
+    pp_fx.transform(llama, CONFIG)
+    after = pp_fx.explain(llama, batch=3, length=40)
+    assert before == after
+    assert before.layers == from_config.layers
+    assert after.macs == count_macs(llama, 3, 40)
+    kept = [{g.kind: g.kept for g in layer.groups} for layer in after.layers]
+    assert kept == [{k: s.kept_units for k, s in layer.states().items()} for layer in llama.model.layers]
+
+
+def test_groups_name_their_projections_and_heads(llama):
+    attention, mlp = pp_fx.explain(llama, CONFIG).layers[2].groups
+    assert (mlp.inputs, mlp.output, mlp.units) == (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", 96)
+    assert (attention.inputs, attention.output) == (("self_attn.q_proj",), "self_attn.o_proj")
+    assert attention.kv_head == (0, 0, 1, 1)
+
+
+def test_a_configuration_of_any_size_needs_no_weights():
+    huge = LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+                       intermediate_size=28672)  # fmt: skip
+    found = pp_fx.explain(huge)
+    assert len(found.layers) == 80
+    assert found.layers[79].groups[1].units == 28672
+    assert 0.66 < found.macs.pruned / found.macs.dense < 0.68
+    opt = pp_fx.explain(OPTConfig(), pp_fx.ProbePruningConfig(attention_ratio=0.2)).layers[-1].groups
+    assert [(g.kind, g.kept, g.units) for g in opt] == [("attention", 9, 12), ("mlp", 1440, 3072)]
+
+
+def test_what_stays_dense_comes_with_its_reason():
+    found = pp_fx.explain(FAMILIES["OLMo2"].config(), CONFIG)
+    assert [g.kind for g in found.layers[0].groups] == ["mlp"]
+    assert any("self_attn.o_proj" in reason for reason in found.layers[0].dense)
+    assert "number of heads" in str(found).replace("\n", " ")
+    json.dumps(found.to_dict())
+
+
+def test_the_table_joins_equal_layers():
+    text = str(pp_fx.explain(tiny_llama(layers=6), CONFIG))
+    assert "1-5" in text
+    assert "self_attn.q_proj" in text
+
+
+def test_a_configuration_without_decoder_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Bert"):
+        pp_fx.explain(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32))
+
+
+def test_the_command_prints_a_table_or_json(folder):  # noqa: F811
+    shown = run("explain", folder, "--mlp-ratio", "0.2")
+    assert shown.exit_code == 0, shown.output
+    assert "LlamaForCausalLM" in shown.output
+    data = json.loads(run("explain", folder, "--mlp-ratio", "0.2", "--json", "-").stdout)
+    assert len(data["layers"]) == 5
+    assert data["layers"][4]["groups"][1]["kept"] < 96
+    assert data["macs"]["pruned"] < data["macs"]["dense"]
+
+
+def test_nothing_is_changed(llama, ids):
+    with torch.no_grad():
+        dense = llama(ids).logits
+        pp_fx.explain(llama, CONFIG)
+        assert torch.equal(llama(ids).logits, dense)
+    assert not pp_fx.is_transformed(llama)
