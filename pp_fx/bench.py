@@ -91,8 +91,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measure a dense model against a pruned copy of it.
 
-    Dense and pruned calls alternate (decode steps in runs of 8), so that a busy machine hits both. The gate is CPU time of one thread
-    (`time.thread_time`): on busy cores wall time of several threads says little. Nothing of `model` changes.
+    Dense and pruned calls alternate (decode steps in runs of 8), so that a busy machine hits both. The gate is CPU
+    time of one thread (`time.thread_time`): on busy cores wall time of several threads says little. Nothing of `model`
+    changes.
 
     Args:
         model: an untransformed causal language model in eval mode.

@@ -274,8 +274,8 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         raise
     except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
         raise CaptureError(f"torch.export cannot capture {type(layer).__name__}: {error}") from error
-    cache = next(path[0].key for path, leaf in pathed if isinstance(leaf, markers.StubCache))
-    return _Cleaner(program, signature, var_kwargs, cache, [pathed[i][0] for i in slots], sites, names).clean()
+    cache: Any = next(path[0] for path, leaf in pathed if isinstance(leaf, markers.StubCache))
+    return _Cleaner(program, signature, var_kwargs, cache.key, [pathed[i][0] for i in slots], sites, names).clean()
 
 
 class _Cleaner:

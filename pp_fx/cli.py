@@ -147,9 +147,7 @@ def _bench_table(result: dict[str, Any]) -> Table:
 
 @app.command("explain")
 def explain_command(
-    model: Annotated[
-        str, typer.Argument(help="Folder or hub id, whose configuration is enough, or smollm2.")
-    ],
+    model: Annotated[str, typer.Argument(help="Folder or hub id, whose configuration is enough, or smollm2.")],
     batch: Annotated[int, typer.Option(help="Prompts for which the probe is counted.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 512,
     mlp_ratio: MlpRatio = None,

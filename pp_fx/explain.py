@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,17 +101,9 @@ class Explanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=160, record=True, file=_Nowhere())
+        console = Console(width=160, file=io.StringIO())
         console.print(self.table())
-        return console.export_text()
-
-
-class _Nowhere:
-    def write(self, text: str) -> None:
-        """Drop the text: the console records it."""
-
-    def flush(self) -> None:
-        """Nothing is held."""
+        return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def explain(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 
 import pp_fx
 from pp_fx.capture import capture_layer, find_layers, record_calls
 from pp_fx.gather import gather_columns, gather_rows
 from pp_fx.groups import find_groups
-from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 
 from .conftest import tiny_llama
 from .families import build
