@@ -57,6 +57,6 @@ def test_layer_ratio_is_the_mean_over_all_layers():
         ProbePruningConfig(mlp_ratio=0.9).layer_ratio("mlp_ratio", 12)
 
 
-@pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 3), (64, 4), (512, 13), (1000, 25), (1001, 26)])
+@pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 2), (64, 2), (81, 3), (512, 13), (1000, 25), (1001, 26)])
 def test_probe_budget(length, positions):
     assert ProbeConfig().positions(length) == positions
