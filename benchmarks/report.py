@@ -34,6 +34,6 @@ def bars(
     axes.set_title(title)
     axes.margins(x=0.12)
     if len(series) > 1:
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside lower center", ncols=len(series))
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
