@@ -163,15 +163,16 @@ class _Finder:
         channels = output.in_features
         if any(p.out_features != channels for p in inputs):
             raise _NoProof("input and output projections differ in their number of channels (fused layout)")
-        between, _ = cone([output.x], {p.node for p in inputs})
-        for node in between - {output.x} | {output.x} - set(self.by_node):
+        inside, _ = cone([output.x], {p.node for p in inputs})
+        between = [n for n in self.graph.nodes if n in inside]  # graph order: the same reason at every run
+        for node in between:
             if is_parameter(node):
                 raise _NoProof(f"{node.name} is a parameter between the projections")
             if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
                 raise _NoProof(f"{node.name} between the projections is not pointwise")
             if (shape(node) or (channels,))[-1] not in (channels, 1):
                 raise _NoProof(f"{node.name} between the projections changes the channel axis")
-        inside = between | {output.node}
+        inside.add(output.node)
         for node in (*between, *(p.node for p in inputs)):
             escaping = [u.name for u in node.users if u not in inside]
             if escaping:
