@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig
-from .errors import UnsupportedModelError
+from .errors import InputError, UnsupportedModelError
 from .groups import AttentionGroup, Group
 from .macs import Macs, layer_macs
 from .structure import find_structures
@@ -76,7 +76,7 @@ class Explanation:
         title = f"{self.model}: {macs.pruned / macs.dense:.1%} of the block MACs + {macs.probe / macs.dense:.1%} probe"
         table = Table(title=f"{title} at {self.batch} x {self.length}")
         for column in ("layers", "group", "input projections", "output projection", "kept", "dense because"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for first, last, layer in self._runs():
             name = str(first) if first == last else f"{first}-{last}"
             for group in layer.groups:
@@ -126,7 +126,11 @@ def explain(
     Raises:
         UnsupportedModelError: no decoder layers, or a layer that cannot be captured; the message names what broke.
         ConfigError: `config` does not fit the model.
+        InputError: `batch` or `length` is no integer >= 1.
     """
+    for name, value in (("batch", batch), ("length", length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
     if isinstance(model, nn.Module) and is_transformed(model):
         return _of_transformed(model, batch, length)
     config = config or ProbePruningConfig()

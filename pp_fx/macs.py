@@ -54,7 +54,7 @@ def layer_macs(
     layer: nn.Module, groups: dict[str, Group], kept: dict[str, int], settings: ProbeConfig, batch: int, length: int
 ) -> Macs:
     """MACs per token of one layer of which `kept[kind]` units of every group run."""
-    weights = {n: p.numel() for n, p in layer.named_parameters() if p.ndim == 2}
+    weights = {n: _macs(layer, p) for n, p in layer.named_parameters() if p.ndim in (2, 3)}
     dense = pruned = float(sum(weights.values()))
     probe = 0.0
     share = settings.samples(batch) * settings.positions(length) / (batch * length)
@@ -64,6 +64,15 @@ def layer_macs(
             read = {*group.inputs, *getattr(group, "key_value", ())}
             probe += share * sum(weights[str(p.weight.target)] for p in read)
     return Macs(dense, pruned, probe)
+
+
+def _macs(layer: nn.Module, weight: nn.Parameter) -> float:
+    """MACs per token of a weight [out, in], or of stacked experts [E, ., .] of which each token runs some."""
+    if weight.ndim == 2:
+        return weight.numel()
+    configs: Any = (m.config for m in layer.modules() if hasattr(m, "config"))
+    active = next((c.num_experts_per_tok for c in configs if hasattr(c, "num_experts_per_tok")), weight.shape[0])
+    return weight.numel() * active / weight.shape[0]
 
 
 def kept_per_layer(model: nn.Module) -> list[dict[str, int]]:

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
 import pp_fx
-from pp_fx.errors import UnsupportedModelError
+from pp_fx.errors import InputError, UnsupportedModelError
 from pp_fx.macs import count_macs
 
 from .conftest import tiny_llama
@@ -54,6 +54,18 @@ def test_what_stays_dense_comes_with_its_reason():
     assert any("self_attn.o_proj" in reason for reason in found.layers[0].dense)
     assert "number of heads" in str(found).replace("\n", " ")
     json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch", 0), ("length", -1), ("length", 2.5)])
+def test_bad_numbers_are_refused(llama, name, value):
+    with pytest.raises(InputError, match=f"{name}={value}"):
+        pp_fx.explain(llama, CONFIG, **{name: value})
+
+
+def test_a_token_is_charged_for_the_experts_that_it_runs():
+    config = FAMILIES["Mixtral"].config()  # 4 experts, 2 a token
+    attention, router, experts = 2 * 64 * 64 + 2 * 32 * 64, 4 * 64, 2 * 3 * 64 * 96
+    assert pp_fx.explain(config, CONFIG).layers[0].macs.dense == attention + router + experts
 
 
 def test_the_table_joins_equal_layers():
