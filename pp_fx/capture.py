@@ -81,18 +81,20 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: in
     Raises:
         CaptureError: the model does not call each of its layers once with hidden states [batch, length, H].
     """
+    cause: Exception | None = None
     for result in (lambda hidden: hidden, lambda hidden: (hidden,)):  # layers return a tensor, or a tuple with it
         try:
             calls = _record(model, layers, batch, length, result)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            cause = error
             continue
         if all(_hidden(call).shape[:2] == (batch, length) and _hidden(call).ndim == 3 for call in calls.values()):
             if len(calls) == len(layers):
                 return [calls[i] for i in range(len(layers))]
     raise CaptureError(
         f"{type(model).__name__} does not call each of its {len(layers)} layers with hidden states [B, T, H]; "
-        "it cannot be captured"
-    )
+        f"it cannot be captured{f' ({cause})' if cause else ''}"
+    ) from cause
 
 
 def _hidden(call: Call) -> torch.Tensor:
