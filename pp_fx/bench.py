@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import resource
 import statistics
 import sys
 import time
@@ -224,10 +223,14 @@ def _ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict
     }
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on the CUDA device, else resident of this process."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MiB: allocated on the CUDA device, else resident of this process (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -47,7 +47,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, ids: Tensor, batch: int, *, forward: Any = None, progress: str | None = None):
+def evaluate(
+    model: nn.Module, ids: Tensor, batch: int, *, forward: Any = None, progress: str | None = None
+) -> Evaluation:
     """Teacher-forced perplexity: each sequence is one window, its first token is context only.
 
     Args:
@@ -89,7 +91,9 @@ def evaluate(model: nn.Module, ids: Tensor, batch: int, *, forward: Any = None, 
 
 
 @torch.no_grad()
-def evaluate_decoding(model: nn.Module, prompts: Tensor, continuation: Tensor, *, progress: str | None = None):
+def evaluate_decoding(
+    model: nn.Module, prompts: Tensor, continuation: Tensor, *, progress: str | None = None
+) -> Evaluation:
     """Teacher-forced perplexity while decoding: one prefill of the prompts, then one token at a time on the KV cache.
 
     Args:
