@@ -26,8 +26,11 @@ SHAPES: list[dict[str, Any]] = [
     {"phase": "prefill", "batch": 16, "length": 128, "attention": "eager"},
     {"phase": "prefill", "batch": 8, "length": 256, "attention": "eager"},
     {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa"},
-    {"phase": "decode", "batch": 1, "length": 128, "new_tokens": 96, "attention": "eager"},
-    {"phase": "decode", "batch": 8, "length": 128, "new_tokens": 96, "attention": "eager"},
+    *(
+        {"phase": "decode", "batch": b, "length": 128, "new_tokens": 96, "attention": "eager", "dtype": d}
+        for d in ("bfloat16", "float32")
+        for b in (1, 8)
+    ),
 ]
 
 
@@ -53,14 +56,14 @@ def processor() -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row a shape; ideal includes the probe for prefill."""
     lines = [
-        "| phase, batch x length | core | dense ms | pruned ms | ratio | ideal | ratio/ideal | with head (ideal) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| phase, batch x length | dtype | core | dense ms | pruned ms | ratio | ideal | ratio/ideal | with head (ideal) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         s, head = r["settings"], r["with_head"]
         ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
         lines.append(
-            f"| {s['phase']}, {s['batch']} x {s['length']} | {s['attention']} | {r['dense_ms']:.1f} | "
+            f"| {s['phase']}, {s['batch']} x {s['length']} | {s['dtype']} | {s['attention']} | {r['dense_ms']:.1f} | "
             f"{r['pruned_ms']:.1f} | **{r['ratio']:.3f}** | {ideal:.3f} | {r['ratio'] / ideal:.3f} | "
             f"{head['ratio']:.3f} ({head_ideal:.3f}) |"
         )
@@ -75,7 +78,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         file,
         f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread",
         "time, pruned / dense",
-        [f"{s['phase']} {s['batch']} x {s['length']}" for s in shapes],
+        [f"{s['phase']} {s['batch']} x {s['length']} {s['dtype']}" for s in shapes],
         {"measured": [r["ratio"] for r in results], "ideal (MACs or bytes, probe included)": ideals},
     )
 
