@@ -9,12 +9,14 @@ from .insert_compensation import InsertCompensation
 from .insert_history import InsertHistory
 from .insert_probe import InsertProbe
 from .insert_selection import InsertSelection
+from .normalize_linears import NormalizeLinears
 
 
 def probe_pruning() -> PassManager:
     """The passes of Probe Pruning, in order."""
     return PassManager(
         [
+            NormalizeLinears(),
             FreeHeadCount(),
             FindChannelGroups(),
             InsertProbe(),
@@ -38,6 +40,7 @@ __all__ = [
     "InsertHistory",
     "InsertProbe",
     "InsertSelection",
+    "NormalizeLinears",
     "Pass",
     "PassManager",
     "PassResult",

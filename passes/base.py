@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from .. import history, runtime
 from ..groups import Group, Groups
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ class GroupNodes:
 
 @dataclass
 class BlockGraph:
-    """A captured layer on its way through the passes."""
+    """A captured layer on its way through the passes.
+
+    `inverted_mask`: the layer's boolean mask says True where a token may not attend.
+    """
 
     graph: fx.Graph
     groups: Groups = field(default_factory=Groups)
@@ -40,6 +44,14 @@ class BlockGraph:
     layer: fx.Node | None = None
     plan: fx.Node | None = None
     real_rows: fx.Node | None = None
+    inverted_mask: bool = False
+
+    effects = frozenset({runtime.kv_update, runtime.call_module, history.update_history})
+    """Calls that do more than return a value: no pass may drop them."""
+
+    def drop_unused(self) -> None:
+        """Remove nodes without users, apart from the layer's arguments and calls with side effects."""
+        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in self.effects)
 
     def argument(self, name: str) -> fx.Node | None:
         """The placeholder of one of the layer's arguments, or None."""

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from .. import history, runtime
 from .base import BlockGraph, Pass, PassResult
-
-_EFFECTS = {runtime.kv_update, history.update_history}
 
 
 class Cleanup(Pass):
@@ -11,5 +8,5 @@ class Cleanup(Pass):
 
     def call(self, block: BlockGraph) -> PassResult:
         before = len(block.graph.nodes)
-        block.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in _EFFECTS)
+        block.drop_unused()
         return PassResult(before - len(block.graph.nodes))

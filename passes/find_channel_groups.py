@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ..groups import find_groups
+from ..find_groups import find_groups
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 

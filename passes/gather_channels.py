@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
+
+import torch
+from torch import fx
 
 from .. import gather, runtime
-from ..groups import AttentionGroup
+from ..dataflow import shape
+from ..groups import AttentionGroup, Group, MlpGroup
+from ..projections import Projection, head_axis
 from .base import BlockGraph, GroupNodes, Pass, PassResult
+
+aten = torch.ops.aten
 
 
 class GatherChannels(Pass):
@@ -15,29 +23,75 @@ class GatherChannels(Pass):
     def call(self, block: BlockGraph) -> PassResult:
         matches = 0
         for inserted in block.inserted:
-            self._inputs(block, inserted)
-            if isinstance(inserted.group, AttentionGroup):
-                self._core(block, inserted, inserted.group)
+            group = inserted.group
+            if group.inputs:
+                self._inputs(block, inserted)
+            if isinstance(group, AttentionGroup):
+                self._cut(block, inserted, group)
+                if group.core is not None:
+                    self._core(block, inserted, group.core)
+            elif isinstance(group, MlpGroup):
+                self._vectors(block, inserted, group)
             self._output(block, inserted)
-            matches += len(inserted.group.inputs) + 1
+            matches += len(group.inputs) + 1
         return PassResult(matches)
 
     def _inputs(self, block: BlockGraph, inserted: GroupNodes) -> None:
         """One call for all input projections: they read the same input, so decoding can run them as one."""
-        projections = inserted.group.inputs
-        with block.graph.inserting_before(projections[0].node):
-            weights, biases = (tuple(getattr(p, part) for p in projections) for part in ("weight", "bias"))
-            args = (inserted.nodes["kept"], projections[0].node.args[0], weights, biases)
+        group = inserted.group
+        parts = (*group.inputs, *group.whole)
+        linears = list(dict.fromkeys(p.linear for p in parts))
+        first = next(n for n in block.graph.nodes if n in linears)
+        with block.graph.inserting_before(first):
+            weights, biases = (tuple(n.args[i] if len(n.args) > i else None for n in linears) for i in (1, 2))
+            layout = tuple((linears.index(p.linear), self._rows(block, inserted, i, p)) for i, p in enumerate(parts))
+            args = (inserted.nodes["kept"], first.args[0], weights, biases, layout, len(group.inputs))
             together = block.call(gather.gather_rows, args, inserted.name("inputs_kept"))
-        for position, projection in enumerate(projections):
-            old = projection.node
-            with block.graph.inserting_before(old):
-                new = block.call(operator.getitem, (together, position), f"{projection.label}_kept", old)
-            old.replace_all_uses_with(new)
-            block.graph.erase_node(old)
+            for position, part in enumerate(parts):
+                name = f"{part.label}_kept" if position < len(group.inputs) else f"{part.label}_whole"
+                new = block.call(operator.getitem, (together, position), name, part.node)
+                new = self._shaped(block, group, part, new)
+                part.node.replace_all_uses_with(new)
+        for linear in linears:
+            if not linear.users:
+                block.graph.erase_node(linear)
 
-    def _core(self, block: BlockGraph, inserted: GroupNodes, group: AttentionGroup) -> None:
-        core = group.core
+    @staticmethod
+    def _rows(block: BlockGraph, inserted: GroupNodes, position: int, part: Projection) -> Any:
+        """Of a part of a fused weight: (start, stop), or the buffer that lists its rows."""
+        if part.rows is None:
+            return None
+        if part.contiguous:
+            return part.rows[0], part.rows[-1] + 1
+        return block.graph.get_attr(f"pp_{inserted.group.kind}.rows_{position}")
+
+    @staticmethod
+    def _shaped(block: BlockGraph, group: Group, part: Projection, flat: fx.Node) -> fx.Node:
+        """[B, T, C] in the layout of the node that it replaces."""
+        axis = head_axis(part.node)
+        if axis is None:
+            return flat
+        width = shape(part.node)[3]  # type: ignore[index]
+        heads = block.call(aten.unflatten.int, (flat, 2, (-1, width)), f"{part.label}_heads", part.node)
+        return heads if axis == 2 else block.call(aten.transpose.int, (heads, 1, 2), f"{part.label}_by_head", part.node)
+
+    def _cut(self, block: BlockGraph, inserted: GroupNodes, group: AttentionGroup) -> None:
+        for node in group.cut:
+            with block.graph.inserting_after(node):
+                new = block.call(gather.gather_heads, (inserted.nodes["kept"], node), f"{node.name}_kept_heads", node)
+            users = [group.core] if group.core is not None else [n for n in node.users if n is not new]
+            for user in users:
+                user.replace_input_with(node, new)
+
+    def _vectors(self, block: BlockGraph, inserted: GroupNodes, group: MlpGroup) -> None:
+        for node in group.vectors:
+            users = list(node.users)
+            with block.graph.inserting_before(next(n for n in block.graph.nodes if n in users)):
+                new = block.call(gather.gather_vector, (inserted.nodes["kept"], node), f"{node.name}_kept", node)
+            for user in users:
+                user.replace_input_with(node, new)
+
+    def _core(self, block: BlockGraph, inserted: GroupNodes, core: fx.Node) -> None:
         with block.graph.inserting_before(core):
             args = (inserted.nodes["state"], inserted.nodes["kept"], *core.args)
             new = block.call(runtime.pruned_attention, args, "attention_kept_heads", core)

@@ -5,8 +5,8 @@ import operator
 from torch import fx
 
 from .. import plan, probe, runtime
-from ..capture import LAYER
-from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_parameter, shape
+from ..exported import LAYER
+from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_input, is_mask, shape
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 
@@ -28,20 +28,21 @@ class InsertProbe(Pass):
         first_call = next(n for n in block.graph.nodes if n.op == "call_function")
         with block.graph.inserting_before(first_call):
             block.layer = block.graph.get_attr(LAYER)
-            cache = next((n.args[0] for n in block.graph.nodes if n.target is runtime.kv_update), None)
+            cache = next((n for n in block.graph.nodes if n.meta.get("kv_cache")), None)
             args = (block.layer, hidden, cache)
             block.plan = block.call(plan.plan_call, args, "plan")
-            args = (hidden, block.argument("attention_mask"), block.plan, block.layer)
+            args = (hidden, block.argument("attention_mask"), block.plan, block.layer, block.inverted_mask)
             block.real_rows = block.call(runtime.real_rows, args, "real_rows")
 
     def _insert(self, block: BlockGraph, inserted: GroupNodes) -> None:
         group, nodes = inserted.group, inserted.nodes
         extracted = extract_branch(block.graph, group.residual, group.state)
         inserted.probe_graph = extracted.graph
-        with block.graph.inserting_before(group.inputs[0].node):
+        entries = {*group.entries}
+        with block.graph.inserting_before(next(n for n in block.graph.nodes if n in entries)):
             nodes["state"] = block.graph.get_attr(f"pp_{group.kind}")
             source = group.residual
-            if not extracted.row_inputs and not extracted.has_core:  # else a re-probe would need more than the residual
+            if not extracted.row_inputs and not extracted.attends:  # else a re-probe would need more than the residual
                 inserted.reprobes = True
                 source = block.call(
                     probe.probe_source, (nodes["state"], source, block.plan), inserted.name("probe_source")
@@ -52,7 +53,7 @@ class InsertProbe(Pass):
                 block.call(probe.take_rows, (n, nodes["rows"]), inserted.name(f"probe_{label}"))
                 for label, n in [("residual", source), *((n.name, n) for n in extracted.row_inputs)]
             ]
-            if extracted.has_core:
+            if extracted.attends:
                 mask = block.call(probe.probe_mask, (nodes["rows"], taken[0]), inserted.name("probe_mask"))
                 taken.append(mask)
             parameters = tuple(block.graph.get_attr(str(p.target)) for p in extracted.parameters)
@@ -65,7 +66,7 @@ class extract_branch:
     """The branch residual -> state as a graph of its own.
 
     Attributes:
-        graph: placeholders are the residual rows, the `row_inputs`, the mask (if `has_core`), the `parameters`.
+        graph: placeholders are the residual rows, the `row_inputs`, the mask (if the branch `attends`), the `parameters`.
         row_inputs: other [B or 1, T, ...] tensors that the branch reads (rotary tables).
         parameters: `get_attr` nodes of weights and modules.
     """
@@ -75,22 +76,25 @@ class extract_branch:
         inside, _ = cone([state], {residual})
         ordered = [n for n in source.nodes if n in inside]
         skipped = {runtime.kv_update}
-        body = [n for n in ordered if n.op == "call_function" and n.target not in skipped and not _is_input(n)]
+        body = [n for n in ordered if n.op == "call_function" and n.target not in skipped and not is_input(n)]
         needed: set[fx.Node] = set()
         for node in body:
             needed.update(node.args[:4] if node.target in ATTENTION_CORES else node.all_input_nodes)
         for node in ordered:
             if node.target is runtime.kv_update:
                 needed.update(node.args[1:3])  # type: ignore[arg-type]
-        self.row_inputs = [n for n in ordered if n in needed and _is_input(n) and shape(n) is not None]
+        inputs = [n for n in ordered if n in needed and is_input(n) and shape(n) is not None]
+        masks = [n for n in inputs if is_mask(n)]
+        self.row_inputs = [n for n in inputs if n not in masks]
         self.parameters = [n for n in source.nodes if n in needed and n.op == "get_attr"]
-        self.has_core = any(n.target in ATTENTION_CORES for n in body)
+        self.attends = bool(masks) or any(n.target in ATTENTION_CORES for n in body)
 
         self.graph = fx.Graph()
         env: dict[fx.Node, object] = {residual: self.graph.placeholder("residual")}
         for n in self.row_inputs:
             env[n] = self.graph.placeholder(f"rows_{n.name}")
-        mask = self.graph.placeholder("mask") if self.has_core else None
+        mask = self.graph.placeholder("mask") if self.attends else None
+        env.update(dict.fromkeys(masks, mask))
         for n in self.parameters:
             env[n] = self.graph.placeholder(n.name)
         for node in source.nodes:
@@ -111,12 +115,3 @@ class extract_branch:
         self.graph.output(env[state])  # type: ignore[arg-type]
         self.graph.eliminate_dead_code()
         self.graph.lint()
-
-
-def _is_input(node: fx.Node) -> bool:
-    if is_parameter(node):
-        return False
-    origin = node
-    while origin.target is operator.getitem and isinstance(origin.args[0], fx.Node):
-        origin = origin.args[0]
-    return origin.op == "placeholder"

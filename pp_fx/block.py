@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import LAYER
+from .exported import LAYER
 from .groups import Group
 from .plan import LayerInfo
 from .state import GroupState
@@ -40,23 +40,21 @@ class ProbePrunedLayer:
     graph: fx.Graph
     original_class: type[nn.Module]
     groups: dict[str, Group]
-    outputs: dict[str, str]
-    """Group kind -> path of the output projection's weight."""
     reasons: list[str]
     """Why a branch of the layer is left dense."""
 
     def states(self) -> dict[str, GroupState]:
         """Group kind -> state."""
-        return {kind: getattr(self, _PREFIX + kind) for kind in self.outputs}
+        return {kind: getattr(self, _PREFIX + kind) for kind in self.groups}
 
     def refresh(self) -> None:
         """Bring memory layout and column norms in line with the present weights; selections made before are void."""
         self.__dict__[LAYER].version += 1
         for kind, state in self.states().items():
-            weight = self.get_parameter(self.outputs[kind])  # type: ignore[attr-defined]
             if state.prunes:
-                _store_transposed(weight)
-                state.refresh(weight)
+                for path in self.groups[kind].stored_transposed:
+                    _store_transposed(self.get_parameter(path))  # type: ignore[attr-defined]
+                state.refresh(output_weight(self, self.groups[kind]))  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -71,7 +69,6 @@ def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str,
         "original_class": layer_class,
         "groups": groups,
         "reasons": reasons,
-        "outputs": {kind: str(group.output.weight.target) for kind, group in groups.items()},
         "forward": compile_graph(graph, layer_class.__name__),
         "__doc__": f"{layer_class.__name__} rewritten by pp_fx.",
     }
@@ -93,9 +90,10 @@ def uninstall(layer: nn.Module) -> None:
     assert isinstance(layer, ProbePrunedLayer)
     for kind, state in layer.states().items():
         if state.prunes:
-            weight = layer.get_parameter(layer.outputs[kind])
             with torch.inference_mode(False), torch.no_grad():
-                weight.data = weight.data.contiguous()
+                for path in layer.groups[kind].stored_transposed:
+                    weight = layer.get_parameter(path)
+                    weight.data = weight.data.contiguous()
         delattr(layer, _PREFIX + kind)
     hooks = layer._load_state_dict_post_hooks
     for key in [k for k, hook in hooks.items() if hook is _refresh_after_load]:
@@ -104,12 +102,18 @@ def uninstall(layer: nn.Module) -> None:
     layer.__class__ = layer.original_class  # type: ignore[assignment]
 
 
+def output_weight(layer: nn.Module, group: Group) -> Tensor:
+    """Weight [H, C] of a group's output projection."""
+    weight = layer.get_parameter(group.output.path)
+    return weight.t() if group.output.transposed else weight
+
+
 def _refresh_after_load(layer: Any, _incompatible: Any) -> None:
     layer.refresh()
 
 
 def _store_transposed(weight: nn.Parameter) -> None:
-    """Keep the shape [H, C], but let memory hold [C, H], so that dropping columns copies contiguous rows."""
+    """Keep the shape, but let memory hold the transpose, so that what is gathered are contiguous rows."""
     if weight.t().is_contiguous():
         return
     with torch.inference_mode(False), torch.no_grad():

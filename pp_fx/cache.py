@@ -29,7 +29,8 @@ class Selection:
             this selection or the one before counts; None otherwise.
         version: of the layer's weights that it was made with.
         compacts: whether decode steps read compact weights; the first one gathers them.
-        inputs: the kept rows of all input projections, stacked into one, or None while not gathered.
+        inputs: the kept rows of all input projections, stacked into one linear layer, and how many each has; None
+            while not gathered.
         output: the kept columns of the output projection with the compensation in its bias, or None.
         window: [B, reprobe_every, H], the residual of the last decoded tokens, or None where nothing re-probes.
     """
@@ -41,7 +42,7 @@ class Selection:
         self.compensation: Tensor | None = None
         self.former: tuple[Tensor, Tensor | None] | None = None
         self.compacts = False
-        self.inputs: Linear | None = None
+        self.inputs: tuple[Linear, list[int]] | None = None
         self.output: Linear | None = None
         self.window: Tensor | None = None
 
@@ -100,6 +101,7 @@ def compact_bytes(cache: Any) -> int:
     found = selections_on(cache)
     if found is None:
         return 0
-    pairs = [pair for groups in found.layers.values() for s in groups.values() for pair in (s.inputs, s.output)]
+    held = [s for groups in found.layers.values() for s in groups.values()]
+    pairs = [pair for s in held for pair in (s.inputs and s.inputs[0], s.output)]
     tensors = [t for pair in pairs if pair is not None for t in pair if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

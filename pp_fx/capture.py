@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import operator
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,20 +19,16 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import markers, runtime
 from .errors import CaptureError, UnsupportedModelError
+from .exported import CAPTURE_DTYPE, TOKEN, TOKEN_NAME, Cleaner
 
-aten = torch.ops.aten
-# In fp32 `x.to(float32)` would vanish from the trace; in bf16 nothing is upcast silently.
-_CAPTURE_DTYPE = torch.bfloat16
 _CACHED_LENGTH = 23
-LAYER = "pp_layer"
-"""Attribute of a block that holds its `plan.LayerInfo`."""
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -100,6 +96,14 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: in
 def _hidden(call: Call) -> torch.Tensor:
     args, kwargs = call
     return args[0] if args else kwargs["hidden_states"]
+
+
+def masks_are_inverted(layer: nn.Module, call: Call) -> bool:
+    """Whether a boolean mask of a recorded call says True where a token may not attend (MPT)."""
+    mask = _signature(layer).bind(*call[0], **call[1]).arguments.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or isinstance(mask, FakeTensor):
+        return False
+    return not bool(mask[-1].flatten()[-1])  # the last token of an unpadded row sees itself
 
 
 def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, result: Any) -> dict[int, Call]:
@@ -203,14 +207,6 @@ class _Caller(nn.Module):
         return self.layer(**arguments, **kwargs)
 
 
-class _KwargsToken:
-    """Travels in the layer's **kwargs; where it arrives, **kwargs were forwarded."""
-
-
-_TOKEN = _KwargsToken()
-_TOKEN_NAME = "pp_fx_kwargs_token"
-
-
 def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) -> fx.Graph:
     """Capture one layer.
 
@@ -223,9 +219,81 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         Graph with the layer's own signature (defaults and **kwargs included). Nodes carry fake tensors of the capture
         in `meta["val"]`.
 
+    A submodule that takes the KV cache and cannot be captured stays whole: the graph calls it as the layer does, and
+    its node's `meta["reason"]` says why.
+
     Raises:
         CaptureError: the layer does something that a graph cannot represent.
     """
+    try:
+        return _capture(model, layer, calls, {})
+    except CaptureError as error:
+        whole = _modules_with_cache(layer, calls[0])
+        if not whole:
+            raise
+        graph = _capture(model, layer, calls, whole)
+        for node in graph.nodes:
+            if node.target is runtime.call_module:
+                node.meta["reason"] = f"runs as the module it is ({str(error).splitlines()[0]})"
+        return graph
+
+
+def _modules_with_cache(layer: nn.Module, call: Call) -> dict[str, Any]:
+    """The innermost submodules that are given the KV cache: path -> a function from [B, T, H] to what they return."""
+    found: dict[str, Any] = {}
+    with FakeTensorMode():
+        copied = _fake_copy(layer, {})
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), call)
+        args, kwargs = pytree.tree_map_only(Cache, lambda _: DynamicCache(), (args, kwargs))
+        inside: list[str] = []
+
+        def enter(name: str, given: Any) -> None:
+            if any(isinstance(leaf, Cache) for leaf in pytree.tree_leaves(given)):
+                inside.append(name)
+
+        def leave(name: str, given: Any, result: Any) -> None:
+            if name in inside and not any(other.startswith(f"{name}.") for other in found):
+                hidden = next(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor))
+                found[name] = _output_like(result, hidden.shape)
+
+        for name, module in copied.named_modules():
+            if name:
+                module.register_forward_pre_hook(
+                    lambda m, a, k, name=name: enter(name, (a, k)), with_kwargs=True
+                )
+                module.register_forward_hook(
+                    lambda m, a, k, result, name=name: leave(name, (a, k), result), with_kwargs=True
+                )
+        with torch.no_grad():
+            copied(*args, **kwargs)
+    return found
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """torch logs what it raises as well."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _output_like(result: Any, shape: torch.Size) -> Any:
+    """Function from a tensor of `shape` to a result of the same form; other tensors (attention weights) are None."""
+    leaves, spec = pytree.tree_flatten(result)
+    own = [isinstance(leaf, torch.Tensor) and leaf.shape == shape for leaf in leaves]
+
+    def output(tensor: torch.Tensor) -> Any:
+        return pytree.tree_unflatten([tensor if mine else None for mine in own], spec)
+
+    return output
+
+
+def _capture(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: dict[str, Any]) -> fx.Graph:
+    """`capture_layer`; the submodules in `whole` stay calls."""
     signature = _signature(layer)
     var_kwargs = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
@@ -237,14 +305,14 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
             raise CaptureError(f"{type(layer).__name__} takes {len(caches)} KV caches as arguments; it needs one")
         arguments = {k: markers.StubCache() if isinstance(v, Cache) else v for k, v in bound.arguments.items()}
         if var_kwargs:
-            arguments[var_kwargs] = {**arguments[var_kwargs], _TOKEN_NAME: _TOKEN}
+            arguments[var_kwargs] = {**arguments[var_kwargs], TOKEN_NAME: TOKEN}
         return arguments
 
     pathed, spec = pytree.tree_flatten_with_path(bind(calls[0]))
     leaves, others = [leaf for _, leaf in pathed], pytree.tree_leaves(bind(calls[1]))
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     float_dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
-    dtypes = {float_dtype: _CAPTURE_DTYPE}
+    dtypes = {float_dtype: CAPTURE_DTYPE}
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs, dynamic = [], []
@@ -261,6 +329,8 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         inputs.append(torch.empty(_CACHED_LENGTH, device=inputs[0].device))
         dynamic.append({0: torch.export.Dim.AUTO})
         caller = _Caller(_fake_copy(layer, dtypes), leaves, spec, slots, var_kwargs).eval()
+    for path, output in whole.items():
+        markers.stay_whole(caller.layer.get_submodule(path), output)
 
     names = {id(m): n for n, m in caller.layer.named_modules()}
     configs = {id(m.config): m.config for m in (model, *caller.layer.modules()) if hasattr(m, "config")}
@@ -268,6 +338,7 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         with (
             markers.recording(list(configs.values())) as sites,
             torch.no_grad(),
+            _silenced("torch._subclasses.fake_tensor"),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -277,103 +348,6 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
     except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
         raise CaptureError(f"torch.export cannot capture {type(layer).__name__}: {error}") from error
     cache: Any = next(path[0] for path, leaf in pathed if isinstance(leaf, markers.StubCache))
-    return _Cleaner(program, signature, var_kwargs, cache.key, [pathed[i][0] for i in slots], sites, names).clean()
+    return Cleaner(program, signature, var_kwargs, cache.key, [pathed[i][0] for i in slots], sites, names).clean()
 
 
-class _Cleaner:
-    """Exported program -> Graph with the layer's own signature and no trace of the capture."""
-
-    def __init__(self, program, signature, var_kwargs, cache, paths, sites, module_names):
-        self.program = program
-        self.paths = paths
-        self.sites = sites
-        self.module_names = module_names
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
-        self.arguments: dict[str, fx.Node] = {}
-        for p in signature.parameters.values():
-            name = f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
-            default = () if p.default is p.empty else (p.default,)
-            self.arguments[p.name] = self.graph.create_node("placeholder", name, default, {}, name=p.name)
-        self.var_kwargs = var_kwargs
-        self.hidden = next(iter(self.arguments.values()))
-        self.cache = self.arguments[cache]
-        self._shared: dict[Any, fx.Node] = {}
-
-    def clean(self) -> fx.Graph:
-        names = list(self.program.graph_signature.user_inputs)
-        cached_name = names.pop()
-        inputs = [n for n in self.program.graph.nodes if n.op == "placeholder"]
-        by_name = {n.name: n for n in inputs}
-        self.symbols = [str(s) for s in by_name[names[0]].meta["val"].shape[:2]]
-        self.cached_symbol = str(by_name[cached_name].meta["val"].shape[0])
-        for name, path in zip(names, self.paths, strict=True):
-            node = self.arguments[path[0].key]
-            for key in path[1:]:
-                step = key.key if hasattr(key, "key") else key.idx
-                node = self.graph.call_function(operator.getitem, (node, step))
-            node.meta["val"] = by_name[name].meta["val"]
-            self.env[by_name[name]] = node
-        # sizes and the dtype are read from hidden_states, once, at the top
-        for dim in (0, 1):
-            node = self.graph.call_function(aten.sym_size.int, (self.hidden, dim))
-            node.meta["val"] = by_name[names[0]].meta["val"].shape[dim]
-            self._shared[self.symbols[dim]] = node
-        self._shared["dtype"] = self.graph.call_function(getattr, (self.hidden, "dtype"))
-        lifted = {**self.program.graph_signature.inputs_to_parameters, **self.program.graph_signature.inputs_to_buffers}
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                if node.name in lifted:
-                    self._put(node, self.graph.get_attr(lifted[node.name].removeprefix("layer.")))
-                elif node not in self.env and node.name != cached_name:
-                    raise CaptureError(f"the layer makes the constant {node.name}, which cannot be captured yet")
-            elif node.op == "output":
-                results = [self.env[a] for a in node.args[0]]
-                self.graph.output(pytree.tree_unflatten(results, self.program.call_spec.out_spec))
-            else:
-                self._call(node)
-        keep = {runtime.kv_update}
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in keep)
-        self.graph.lint()
-        return self.graph
-
-    def _put(self, node: fx.Node, new: fx.Node) -> None:
-        new.meta.update({k: v for k, v in node.meta.items() if k == "val"})
-        self.env[node] = new
-
-    def _call(self, node: fx.Node) -> None:
-        if node.target is aten._assert_tensor_metadata.default:
-            return
-        if node.target is aten.sym_size.int and str(node.meta["val"]) in self.symbols:
-            self.env[node] = self._shared[str(node.meta["val"])]
-        elif node.target is markers.KV_UPDATE:
-            k, v = (self.env[a] for a in node.args[:2])
-            layer = self.graph.get_attr(LAYER)
-            self._put(node, self.graph.call_function(runtime.kv_update, (self.cache, k, v, layer)))
-        elif node.target is markers.ATTENTION:
-            self._attention(node)
-        else:
-            new = self.graph.node_copy(node, lambda n: self.env[n])
-            bake = self._shared["dtype"]
-            new.args = tuple(bake if a is _CAPTURE_DTYPE else a for a in new.args)
-            new.kwargs = {k: bake if a is _CAPTURE_DTYPE else a for k, a in new.kwargs.items()}
-            self._put(node, new)
-
-    def _attention(self, node: fx.Node) -> None:
-        q, k, v, mask, extra, number = node.args
-        site = self.sites[number]
-        plain = dict(site.plain)
-        tensors = dict(zip(site.tensor_names, (self.env[e] for e in extra), strict=True))
-        forwarded = None
-        if plain.pop(_TOKEN_NAME, None) is _TOKEN and self.var_kwargs is not None:
-            forwarded = self.arguments[self.var_kwargs]
-        for name in [*plain, *tensors]:
-            if name in self.arguments:  # the caller's value at run time, not the one seen at capture
-                plain.pop(name, None)
-                tensors[name] = self.arguments[name]
-            elif forwarded is not None and name in tensors and tensors[name].args[:1] == (forwarded,):
-                del tensors[name]  # arrives with **kwargs
-        module = self.graph.get_attr(self.module_names[id(site.module)])
-        args = (module, self.env[q], self.env[k], self.env[v], None if mask is None else self.env[mask], forwarded)
-        new = self.graph.create_node("call_function", runtime.attention, args, {**plain, **tensors}, name="attention")
-        self._put(node, new)

@@ -21,6 +21,20 @@ def is_parameter(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor)
 
 
+def is_input(node: fx.Node) -> bool:
+    """An argument of the layer, or an item of one."""
+    origin = node
+    while origin.target is operator.getitem and isinstance(origin.args[0], fx.Node):
+        origin = origin.args[0]
+    return origin.op == "placeholder"
+
+
+def is_mask(node: fx.Node) -> bool:
+    """An input [B, 1, T, S]: the attention mask, which reaches a branch only where attention is written out."""
+    dims = shape(node) or ()
+    return is_input(node) and len(dims) == 4 and not isinstance(dims[2], int) and not isinstance(dims[3], int)
+
+
 def shape(node: fx.Node) -> tuple | None:
     """Shape seen at capture (symbols for the dynamic sizes), or None for what is no tensor."""
     value = node.meta.get("val")
@@ -81,12 +95,13 @@ class Execution:
         self.leaves: dict[fx.Node, Tensor] = {}
 
     def random(self, node: fx.Node) -> Tensor:
-        """A random float64 tensor of the node's shape at this execution's batch and length; stable per node."""
+        """A random float64 tensor (zeros for integers) of the node's shape at this batch and length; stable per node."""
         if node not in self.leaves:
             sizes = {self.symbols[0]: self.batch, self.symbols[1]: self.length}
             dims = [d if isinstance(d, int) else sizes.get(str(d), self.length) for d in node.meta["val"].shape]
-            if not node.meta["val"].is_floating_point():
-                raise CaptureError(f"{node.name} is an integer input; the proof by execution cannot choose its values")
+            if not node.meta["val"].is_floating_point():  # an index: 0 is valid everywhere
+                self.leaves[node] = torch.zeros(dims, dtype=node.meta["val"].dtype)
+                return self.leaves[node]
             self.leaves[node] = torch.rand(dims, generator=self.generator, dtype=torch.float64) + 0.5
         return self.leaves[node]
 
@@ -113,7 +128,7 @@ class Execution:
         from_argument = node.target is operator.getitem and isinstance(first, fx.Node) and first.op == "placeholder"
         if node.op in ("placeholder", "get_attr") or from_argument:
             return self.random(node) if shape(node) is not None else None
-        if node.target in (*ATTENTION_CORES, runtime.kv_update):
+        if node.target in (*ATTENTION_CORES, runtime.kv_update, runtime.call_module):
             raise CaptureError(f"the proof by execution would cross {node.name}")
         args = fx.map_arg(node.args, lambda n: env[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])

@@ -172,7 +172,7 @@ def _report(
     found = tuple(
         GroupReport(
             kind,
-            tuple(p.module for p in group.inputs),
+            tuple(dict.fromkeys(p.module for p in group.inputs)),
             group.output.module,
             group.units,
             kept[kind],

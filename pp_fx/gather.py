@@ -13,25 +13,54 @@ from torch import Tensor
 from .cache import Linear, Selection
 
 
+Rows = tuple[int, int] | Tensor | None
+"""Which rows of a weight belong to a part of it: (start, stop), int64 [C], or None for all."""
+
+
 def gather_rows(
-    selection: Selection | None, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+    selection: Selection | None,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    layout: tuple[tuple[int, Rows], ...],
+    pruned: int,
 ) -> tuple[Tensor, ...]:
     """Input projections of the kept units.
 
     Args:
         x: [B, T, H].
-        weights, biases: [C, H] and [C] or None of every input projection of the group.
+        weights, biases: [out, H] and [out] or None of the linear layers.
+        layout: for every projection its linear layer and its rows there (fused layers hold several projections).
+        pruned: that many projections run the kept units' rows; the others, which share a layer with them, all of theirs.
 
     Returns:
-        One [B, T, kept columns] for each.
+        [B, T, kept columns] for every pruned projection, [B, T, C] for the others.
     """
     if selection is None:
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        return tuple(_part(outputs[i], rows) for i, rows in layout)
+    if selection.compacts and selection.inputs is not None:
+        inputs, sizes = selection.inputs
+        return F.linear(x, *inputs).split(sizes, -1)
+    columns = selection.columns
+    linears = [
+        _rows(weights[i], biases[i], _index(rows, columns) if position < pruned else rows)
+        for position, (i, rows) in enumerate(layout)
+    ]
     if not selection.compacts:
-        return tuple(F.linear(x, *_rows(w, b, selection.columns)) for w, b in zip(weights, biases, strict=True))
-    if selection.inputs is None:
-        selection.inputs = _stack([_rows(w, b, selection.columns) for w, b in zip(weights, biases, strict=True)])
-    return F.linear(x, *selection.inputs).chunk(len(weights), -1)
+        return tuple(F.linear(x, w, b) for w, b in linears)
+    selection.inputs = inputs, sizes = _stack(linears), [w.shape[0] for w, _ in linears]
+    return F.linear(x, *inputs).split(sizes, -1)
+
+
+def gather_heads(selection: Selection | None, heads: Tensor) -> Tensor:
+    """The kept heads of a whole tensor: [B, heads, ..] -> [B, kept, ..]."""
+    return heads if selection is None else heads.index_select(1, selection.kept)
+
+
+def gather_vector(selection: Selection | None, vector: Tensor) -> Tensor:
+    """The kept channels of a parameter: [C] -> [kept]."""
+    return vector if selection is None else vector.index_select(0, selection.columns)
 
 
 def gather_columns(
@@ -56,7 +85,25 @@ def gather_columns(
     return out if bias is None else out + bias  # for few rows cheaper than a bias inside the product
 
 
-def _rows(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Linear:
+def _index(rows: Rows, columns: Tensor) -> Tensor:
+    """The kept columns of a part as rows of the weight."""
+    if rows is None:
+        return columns
+    return columns + rows[0] if isinstance(rows, tuple) else rows.index_select(0, columns)
+
+
+def _part(output: Tensor, rows: Rows) -> Tensor:
+    """A part of a linear layer's output [B, T, out]."""
+    if rows is None:
+        return output
+    return output[..., rows[0] : rows[1]] if isinstance(rows, tuple) else output.index_select(-1, rows)
+
+
+def _rows(weight: Tensor, bias: Tensor | None, rows: Rows) -> Linear:
+    if rows is None:
+        return weight, bias
+    if isinstance(rows, tuple):
+        return weight[rows[0] : rows[1]], None if bias is None else bias[rows[0] : rows[1]]
     return weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
 
 

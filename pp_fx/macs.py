@@ -60,9 +60,8 @@ def layer_macs(
     share = settings.samples(batch) * settings.positions(length) / (batch * length)
     for kind, group in groups.items():
         if kept[kind] < group.units:
-            pruned -= sum(weights[name] for name in group.weights) * (1 - kept[kind] / group.units)
-            read = {*group.inputs, *getattr(group, "key_value", ())}
-            probe += share * sum(weights[str(p.weight.target)] for p in read)
+            pruned -= sum(weights[path] * (1 - group.kept_share(path, kept[kind])) for path in group.weights)
+            probe += share * sum(weights[path] for path in {p.path for p in group.read})
     return Macs(dense, pruned, probe)
 
 
@@ -117,7 +116,7 @@ def block_bytes(model: nn.Module) -> tuple[int, float]:
         pruned += sum(sizes.values())
         for kind, group in layer.groups.items():
             state: Any = layer.states()[kind]
-            pruned -= sum(sizes[name] for name in group.weights) * (1 - state.kept_units / state.units)
+            pruned -= sum(sizes[path] * (1 - group.kept_share(path, state.kept_units)) for path in group.weights)
     return dense, pruned
 
 

@@ -1,17 +1,20 @@
-"""Marker ops: they stand, during capture only, for the two calls that must stay run-time decisions.
+"""Marker ops: they stand, during capture only, for the calls that must stay run-time decisions.
 
 `pp_fx_capture::attention` is the attention core (any implementation), `pp_fx_capture::kv_update` is
-`past_key_values.update`. Each call is logged as a `Site`; `capture.py` turns the markers into real calls.
+`past_key_values.update`, `pp_fx_capture::module` is a whole module that torch.export cannot see into. Attention cores
+and modules are logged as sites; `capture.py` turns the markers into real calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from .errors import CaptureError
@@ -29,11 +32,26 @@ class Site:
     tensor_names: tuple[str, ...] = ()
 
 
-_sites: list[Site] | None = None
+@dataclass
+class ModuleSite:
+    """One call of a module that stays whole. `leaves` are its arguments with every tensor replaced by its number."""
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+    output: Callable[[Tensor], Any]
+
+
+class TensorNumber(int):
+    """Stands in `ModuleSite.leaves` for a tensor: its place among the marker's inputs."""
+
+
+_sites: list[Any] | None = None
 
 _library = torch.library.Library("pp_fx_capture", "DEF")
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] extra, int site) -> Tensor")
 _library.define("kv_update(Tensor k, Tensor v, Tensor cached) -> (Tensor, Tensor)")
+_library.define("module(Tensor[] inputs, int site) -> Tensor")
 
 
 def _attention_shape(q, k, v, mask, extra, site):
@@ -48,9 +66,11 @@ def _kv_shape(k, v, cached):
 for _key in ("Meta", "CompositeExplicitAutograd"):
     _library.impl("attention", _attention_shape, _key)
     _library.impl("kv_update", _kv_shape, _key)
+    _library.impl("module", lambda inputs, site: inputs[0].new_empty(inputs[0].shape), _key)
 
 ATTENTION = torch.ops.pp_fx_capture.attention.default
 KV_UPDATE = torch.ops.pp_fx_capture.kv_update.default
+MODULE = torch.ops.pp_fx_capture.module.default
 
 
 def _marker_attention(module, query, key, value, attention_mask=None, **kwargs):
@@ -63,6 +83,21 @@ def _marker_attention(module, query, key, value, attention_mask=None, **kwargs):
 
 
 AttentionInterface.register(IMPLEMENTATION, _marker_attention)
+
+
+def stay_whole(module: nn.Module, output: Callable[[Tensor], Any]) -> None:
+    """Let calls of `module` become markers. `output(tensor)` is what it returns for its [B, T, H] result."""
+
+    def forward(*args, **kwargs):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        numbers = iter(range(len(tensors)))
+        leaves = [TensorNumber(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        assert _sites is not None
+        _sites.append(ModuleSite(module, leaves, spec, output))
+        return output(MODULE(tensors, len(_sites) - 1))
+
+    module.__dict__["forward"] = forward
 
 
 class StubCache:
@@ -80,11 +115,11 @@ class StubCache:
 
 
 @contextlib.contextmanager
-def recording(configs: list[Any]) -> Iterator[list[Site]]:
+def recording(configs: list[Any]) -> Iterator[list[Any]]:
     """Route attention of modules with these configs to the marker; yields the list that collects the sites."""
     global _sites
     before = [(c, c._attn_implementation_internal) for c in configs]
-    sites: list[Site] = []
+    sites: list[Any] = []
     _sites = sites
     try:
         for config in configs:

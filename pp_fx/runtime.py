@@ -50,6 +50,18 @@ def kv_update(cache, k, v, layer):
     return (k, v) if cache is None else cache.update(k, v, layer.index)
 
 
+def call_module(module, args, kwargs, forwarded):
+    """A module that capture could not see into, as the original layer calls it.
+
+    Returns:
+        Its [B, T, H] result; of a tuple the first tensor of that rank.
+    """
+    result = module(*args, **{**kwargs, **(forwarded or {})})
+    if isinstance(result, Tensor):
+        return result
+    return next(r for r in result if isinstance(r, Tensor) and r.ndim == args[0].ndim)
+
+
 class PrunedAttentionView:
     """What an attention function reads from its module, with one key/value head per kept query head.
 
@@ -97,11 +109,11 @@ def probe_attention(module, q, k, v, mask, **kwargs):
     return call(module, q, k, v, mask, **kwargs)[0]
 
 
-def real_rows(hidden_states, attention_mask, plan, layer):
+def real_rows(hidden_states, attention_mask, plan, layer, inverted):
     """Which rows hold a real token: bool [B, T], or None when all do (or nothing of this call asks).
 
     A position is real if it may attend to itself. Taken from the mask as the block receives it: None, [B, S] (flash
-    attention) or [B, 1, T, S] (boolean or additive).
+    attention) or [B, 1, T, S] (boolean or additive). `inverted`: the boolean mask is True where a token may not attend.
 
     Raises:
         InputError: the mask is of another kind (for example flex attention's BlockMask).
@@ -122,5 +134,5 @@ def real_rows(hidden_states, attention_mask, plan, layer):
     own = torch.arange(length, device=attention_mask.device) + start
     own = own.view(1, length, 1).expand(attention_mask.shape[0], length, 1)
     diagonal = attention_mask[:, 0].gather(2, own).squeeze(2)
-    real = diagonal if diagonal.dtype == torch.bool else diagonal >= 0
+    real = diagonal ^ inverted if diagonal.dtype == torch.bool else diagonal >= 0
     return real.expand(hidden_states.shape[0], length)

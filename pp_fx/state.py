@@ -22,6 +22,8 @@ class GroupState(nn.Module):
         column_norm: fp32 [units, width], || W[:, j]^2 ||_2.
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
+        kv_head: int64 [units], the key/value head of every query head; None for channels.
+        rows_0, rows_1, ..: int64, where the rows of an input projection lie scattered in a fused weight.
         seen: fp32 scalar, 0 until the first batch or calibration, then 1.
         calibrated: whether `calibrate` has set the history.
         reprobes: whether decoding probes this group again.
@@ -42,9 +44,10 @@ class GroupState(nn.Module):
         width: int,
         kept_units: int,
         config: ProbePruningConfig,
-        weight: nn.Parameter,
+        weight: Tensor,
         probe: Callable[..., Tensor],
         kv_head: tuple[int, ...] | None = None,
+        rows: dict[int, tuple[int, ...]] | None = None,
         reprobes: bool = False,
     ) -> None:
         super().__init__()
@@ -58,26 +61,28 @@ class GroupState(nn.Module):
         self.sums: dict[str, Tensor] = {}
         columns = units * width
         device = weight.device
-        rows = {"channel": (columns,), "position": (config.history_length, columns), None: None}[config.history]
+        sizes = {"channel": (columns,), "position": (config.history_length, columns), None: None}[config.history]
         if not self.prunes:
-            rows = None
+            sizes = None
 
         def buffer(key: str, value: Tensor | None) -> None:
             self.register_buffer(key, value, persistent=False)
 
         with torch.inference_mode(False):
             buffer("column_norm", column_norm(weight).view(units, width) if self.prunes else None)
-            buffer("energy", None if rows is None else torch.zeros(rows, device=device))
-            buffer("mean", None if rows is None else torch.zeros(columns, device=device))
+            buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
+            buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
             buffer("seen", torch.zeros((), device=device) if self.prunes else None)
             buffer("kv_head", None if kv_head is None else torch.tensor(kv_head, device=device))
+            for position, part in (rows or {}).items():
+                buffer(f"rows_{position}", torch.tensor(part, device=device))
 
     @property
     def prunes(self) -> bool:
         """Whether this layer drops anything here."""
         return self.kept_units < self.units
 
-    def refresh(self, weight: nn.Parameter) -> None:
+    def refresh(self, weight: Tensor) -> None:
         """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
         if self.prunes and not weight.is_meta:
             with torch.inference_mode(False):

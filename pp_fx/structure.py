@@ -9,7 +9,7 @@ from torch import nn
 
 from . import runtime
 from .block import block_class, compile_graph
-from .capture import capture_layer, record_calls, structure_key
+from .capture import capture_layer, masks_are_inverted, record_calls, structure_key
 from .groups import Group
 from .passes import BlockGraph, probe_pruning
 
@@ -48,7 +48,8 @@ def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Stru
         key = structure_key(layer)
         if key in found:
             continue
-        block = BlockGraph(capture_layer(model, layer, (calls[0][i], calls[1][i])))
+        graph = capture_layer(model, layer, (calls[0][i], calls[1][i]))
+        block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
         probe_pruning()(block)
         groups = {n.group.kind: n.group for n in block.inserted}
         found[key] = Structure(

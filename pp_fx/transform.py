@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .block import ProbePrunedLayer, install, uninstall
+from .block import ProbePrunedLayer, install, output_weight, uninstall
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig
 from .errors import ConfigError, StateError, UnsupportedModelError
@@ -132,10 +132,17 @@ def _limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:
     left = math.inf if config.compact_megabytes is None else config.compact_megabytes * 2**20
     for layer, cls, states in prepared:
         for kind, state in states.items():
-            weights = [layer.get_parameter(name) for name in cls.groups[kind].weights]
-            size = sum(w.numel() * w.element_size() for w in weights) * state.kept_units / state.units
+            size = _compact_size(layer, cls.groups[kind], state.kept_units)
             state.holds_compact = state.holds_compact and state.prunes and size <= left
             left -= size if state.holds_compact else 0
+
+
+def _compact_size(layer: nn.Module, group: Group, kept: int) -> float:
+    """Bytes of the compact weights: kept units of the pruned projections, and fused ones that run whole."""
+    shares = [(p, p.share * kept / group.units) for p in (*group.inputs, group.output)]
+    shares += [(p, p.share) for p in group.whole]
+    weights = [(layer.get_parameter(p.path), share) for p, share in shares]
+    return sum(w.numel() * w.element_size() * share for w, share in weights)
 
 
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -190,8 +197,9 @@ def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
 
 
 def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
-    weight = layer.get_parameter(str(group.output.weight.target))
-    extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind]}
+    weight = output_weight(layer, group)
+    scattered = {i: p.rows for i, p in enumerate((*group.inputs, *group.whole)) if p.rows and not p.contiguous}
+    extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind], "rows": scattered}
     if isinstance(group, AttentionGroup):
         extra["kv_head"] = group.kv_head
     return GroupState(group.kind, group.units, group.width, kept, config, weight, structure.probes[group.kind], **extra)

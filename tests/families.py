@@ -25,12 +25,12 @@ _FALCON = {"parallel_attn": True, "bias": False, "alibi": False, "ffn_hidden_siz
 
 @dataclass(frozen=True)
 class Family:
-    """`mlp` and `attention`: pruned (True), or a part of the reason why that stays dense; `refused`: of the error."""
+    """`mlp`, `attention` and `query`: pruned (True), or a part of the reason why that stays dense (the query: whole)."""
 
     config: Any
     mlp: bool | str = True
     attention: bool | str = True
-    refused: str | None = None
+    query: bool | str = True
     implementation: str = "sdpa"
 
 
@@ -47,7 +47,7 @@ def _opt(**changes: Any) -> dict[str, Any]:
 
 
 _BASE: dict[str, Any] = {**_COMMON, **_GQA}
-_FUSED, _CONSTANT = "fused layout", "number of heads is a constant"
+_WHOLE, _CONSTANT = "runs as the module it is", "number of heads is a constant"
 
 FAMILIES: dict[str, Family] = {
     "Llama": _of("Llama", _BASE),
@@ -73,66 +73,65 @@ FAMILIES: dict[str, Family] = {
     "Phi": _of(
         "Phi", {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}
     ),
-    "Phi3": _of("Phi3", _BASE, mlp=_FUSED, attention=_FUSED),
+    "Phi3": _of("Phi3", _BASE),
     "OPT": _of("OPT", _opt()),
     "OPT, post-norm": _of("OPT", _opt(do_layer_norm_before=False)),
-    "GPT-NeoX": _of("GPTNeoX", {**_COMMON, "intermediate_size": 96, "rotary_pct": 0.5}, attention=_FUSED),
-    "GPT-2": _of("GPT2", _GPT2, mlp="no plain linear layers", attention="no plain linear layers"),
-    "Falcon": _of("Falcon", {**_COMMON, **_FALCON, "multi_query": True}, refused="constant"),
+    "GPT-NeoX": _of("GPTNeoX", {**_COMMON, "intermediate_size": 96, "rotary_pct": 0.5}),
+    "GPT-2": _of("GPT2", _GPT2),
+    "Falcon": _of("Falcon", {**_COMMON, **_FALCON, "multi_query": True}, attention=_WHOLE),
     "Falcon, new": _of(
         "Falcon",
         {**_COMMON, **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
-        refused="constant",
+        attention=_WHOLE,
     ),
     "Falcon, alibi": _of(
         "Falcon",
         {**_COMMON, **_FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
-        refused="torch.export cannot capture",
+        attention=_WHOLE,
     ),
     "StableLM": _of("StableLm", {**_BASE, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
-    "StableLM, q/k norm": _of("StableLm", {**_BASE, "qk_layernorm": True}, attention=_CONSTANT),
+    "StableLM, q/k norm": _of("StableLm", {**_BASE, "qk_layernorm": True}, query=_CONSTANT),
     "OLMo": _of("Olmo", _BASE),
-    "OLMo2": _of("Olmo2", _BASE, attention=_CONSTANT),
+    "OLMo2": _of("Olmo2", _BASE, query=_CONSTANT),
     "Granite": _of("Granite", {**_BASE, "residual_multiplier": 0.22, "attention_multiplier": 0.1}),
     "Cohere": _of("Cohere", _BASE),
-    "Cohere, q/k norm": _of("Cohere", {**_BASE, "use_qk_norm": True}, attention=_CONSTANT),
+    "Cohere, q/k norm": _of("Cohere", {**_BASE, "use_qk_norm": True}, query=_CONSTANT),
     "Cohere2": _of("Cohere2", {**_BASE, "sliding_window": 24}),
     "SmolLM3": _of("SmolLM3", _BASE),
     "Starcoder2": _of("Starcoder2", {**_BASE, "use_bias": True}),
     "Nemotron": _of("Nemotron", _BASE),
-    "GLM4": _of("Glm4", {**_BASE, "head_dim": 16}, mlp=_FUSED),
+    "GLM4": _of("Glm4", {**_BASE, "head_dim": 16}),
     "Helium": _of("Helium", {**_BASE, "head_dim": 16}),
     "GPT-J": _of(
         "GPTJ",
         {**_GPT2, "rotary_dim": 8, "tie_word_embeddings": False},
-        attention="not pointwise",
         implementation="eager",
     ),
-    "CodeGen": _of("CodeGen", {**_GPT2, "rotary_dim": 8}, attention=_FUSED, implementation="eager"),
-    "GPTBigCode": _of("GPTBigCode", _GPT2, attention=_FUSED),
+    "CodeGen": _of("CodeGen", {**_GPT2, "rotary_dim": 8}, implementation="eager"),
+    "GPTBigCode": _of("GPTBigCode", _GPT2),
     "GPT-Neo": _of(
         "GPTNeo",
         {
-            "vocab_size": VOCABULARY, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96,
-            "attention_types": [[["global", "local"], 1]], "window_size": 8, "max_position_embeddings": 256,
+            "vocab_size": VOCABULARY, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 96,
+            "attention_types": [[["global", "local", "global"], 1]], "window_size": 8, "max_position_embeddings": 256,
             "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
         },
-        refused="constant",
+        attention=_WHOLE,
         implementation="eager",
     ),
-    "Persimmon": _of("Persimmon", {**_COMMON, "intermediate_size": 96}, attention=_FUSED),
+    "Persimmon": _of("Persimmon", {**_COMMON, "intermediate_size": 96}),
     "Exaone4": _of("Exaone4", {**_BASE, "sliding_window": 24, "sliding_window_pattern": 2}),
     "Ernie4.5": _of("Ernie4_5", {**_BASE, "head_dim": 16}),
     "Bloom": _of(
         "Bloom",
         {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "pad_token_id": 0},
-        refused="torch.export cannot capture",
+        attention=_WHOLE,
         implementation="eager",
     ),
     "MPT": _of(
         "Mpt",
         {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2},
-        refused="get_seq_length",
+        attention=_WHOLE,
         implementation="eager",
     ),
     "Mixtral": _of("Mixtral", {**_BASE, **_EXPERTS}, mlp="no plain linear layers"),

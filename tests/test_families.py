@@ -9,13 +9,10 @@ from transformers import DynamicCache
 
 import pp_fx
 from pp_fx.cache import selections_on
-from pp_fx.errors import UnsupportedModelError
 from pp_fx.transform import layers_of
 
 from .families import FAMILIES, VOCABULARY, build
 
-SUPPORTED = [name for name, family in FAMILIES.items() if family.refused is None]
-REFUSED = [name for name, family in FAMILIES.items() if family.refused is not None]
 PRUNED = pp_fx.ProbePruningConfig(
     mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, attention_compensation="mean"
 )
@@ -42,7 +39,7 @@ def tokens(model, ids, **kwargs):
     return model.generate(ids, max_new_tokens=6, do_sample=False, **kwargs)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ratio_zero_is_exact(name, ids):
     model, mask = build(name), left_padded(ids)
     with torch.no_grad():
@@ -55,7 +52,7 @@ def test_ratio_zero_is_exact(name, ids):
         assert torch.equal(tokens(model, ids, attention_mask=mask), generated[1])
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_groups_are_as_expected(name):
     family, model = FAMILIES[name], build(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -72,10 +69,13 @@ def test_groups_are_as_expected(name):
             assert f"pp_fx leaves {kind} dense" in said
             assert expected in said
     assert bool(said) == (family.mlp is not True or family.attention is not True)
+    reasons = " ".join(layers_of(model)[-1].reasons)
+    assert ("the query projection runs whole" in reasons) == (family.query is not True)
+    assert family.query is True or family.query in reasons
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", [n for n in SUPPORTED if True in (FAMILIES[n].mlp, FAMILIES[n].attention)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_pruned_equals_the_original_with_zeroed_channels(name, padded, ids):
     """The original model, its dropped channels zeroed by hooks and the compensation added: prefill and decoding."""
     original = build(name)
@@ -110,23 +110,12 @@ def zero_channels(original, rewritten, chosen):
     assert paths
     for index, groups in chosen.items():
         for kind, selection in groups.items():
-            projection = twins[index].get_submodule(rewritten[index].outputs[kind].rpartition(".")[0])
-            mask = torch.zeros(projection.in_features)
+            projection = twins[index].get_submodule(rewritten[index].groups[kind].output.module)
+            mask = torch.zeros(rewritten[index].groups[kind].output.in_features)
             mask[selection.columns] = 1
             projection.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask, *args[1:]))
             vector = selection.compensation
             projection.register_forward_hook(lambda m, args, out, vector=vector: out + vector)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_captured_is_refused_by_name_and_left_alone(name, ids):
-    model = build(name)
-    with torch.no_grad():
-        dense = model(ids).logits
-        with pytest.raises(UnsupportedModelError, match=FAMILIES[name].refused):
-            pp_fx.transform(model, PRUNED)
-        assert not pp_fx.is_transformed(model)
-        assert torch.equal(model(ids).logits, dense)
 
 
 def test_one_structure_is_captured_once(monkeypatch):

@@ -1,0 +1,264 @@
+"""Finding the channel groups of a captured layer, by proof."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from . import runtime
+from .dataflow import Execution, cone, is_mask, is_parameter, residual_stream, shape
+from .errors import CaptureError
+from .groups import AttentionGroup, Group, Groups, MlpGroup
+from .projections import Projection, escapes, find_part, find_projections, head_axis, shaped
+
+aten = torch.ops.aten
+
+
+class _NoProof(Exception):
+    pass
+
+
+def find_groups(graph: fx.Graph) -> Groups:
+    """The channel groups of a captured layer."""
+    result, finder = Groups(), _Finder(graph)
+    result.reasons = [f"{n.args[0].target}: {n.meta['reason']}" for n in graph.nodes if n in finder.modules]
+    for projection in finder.by_node.values():
+        try:
+            group = finder.group_of(projection)
+        except (_NoProof, CaptureError) as reason:
+            result.reasons.append(f"{projection.module}: {reason}")
+            continue
+        if isinstance(group, MlpGroup):
+            result.mlp = group
+        elif isinstance(group, AttentionGroup):
+            result.attention = group
+            if not group.inputs:
+                result.reasons.append(f"{projection.module}: the query projection runs whole ({finder.whole_query})")
+    for kind, found in (("MLP", result.mlp), ("attention", result.attention)):
+        if found is None and not result.reasons:
+            result.reasons.append(f"no {kind} group: its projections are no plain linear layers")
+    return result
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.by_node = {p.node: p for p in find_projections(graph)}
+        self.cores = {n for n in graph.nodes if n.target is runtime.attention}
+        self.caches = {n for n in graph.nodes if n.target is runtime.kv_update}
+        self.modules = {n for n in graph.nodes if n.target is runtime.call_module}
+        self.walls = {*self.by_node, *self.cores, *self.caches, *self.modules}
+        self.stream = residual_stream(graph, self.walls)
+        self.whole_query = ""
+
+    def group_of(self, output: Projection) -> Group | None:
+        """The group whose output projection this is, or None if it reads the residual stream."""
+        _, met = cone([output.x], self.walls | set(self.stream))
+        if any(m in self.stream or m in self.modules for m in met):
+            return None
+        if met & (self.cores | self.caches):
+            return self._attention(output, met)
+        return self._mlp(output, [self.by_node[n] for n in self.graph.nodes if n in met])
+
+    def _residual_before(self, nodes: list[fx.Node]) -> fx.Node:
+        _, met = cone(nodes, set(self.stream) | self.modules)
+        if len(met) != 1:
+            raise _NoProof(f"{nodes[0].name} does not come from one point of the residual stream")
+        return met.pop()
+
+    # ------------------------------------------------------------------ MLP
+    def _mlp(self, output: Projection, linears: list[Projection]) -> MlpGroup:
+        channels = output.in_features
+        if len({p.x for p in linears}) != 1:
+            raise _NoProof("its input projections read different inputs")
+        inside, _ = cone([output.x], set(self.by_node))
+        inputs = [part for p in linears for part in self._mlp_parts(p, output, inside, channels)]
+        fused = [p for p in inputs if p.rows is not None]
+        escaping = escapes(self.graph, fused)
+        if escaping:
+            raise _NoProof(f"{fused[0].linear.name} is also used by {escaping}")
+        inside, _ = cone([output.x], {p.node for p in inputs})
+        between = [n for n in self.graph.nodes if n in inside]  # graph order: the same reason at every run
+        vectors = []
+        for node in between:
+            if is_parameter(node):
+                if shape(node) != (channels,):
+                    raise _NoProof(f"{node.name} is a parameter between the projections")
+                vectors.append(node)
+            elif torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+                raise _NoProof(f"{node.name} between the projections is not pointwise")
+            elif (shape(node) or (channels,))[-1] not in (channels, 1):
+                raise _NoProof(f"{node.name} between the projections changes the channel axis")
+        inside.add(output.node)
+        for node in (*between, *(p.node for p in inputs)):
+            outside = [u.name for u in node.users if u not in inside]
+            if outside:
+                raise _NoProof(f"{node.name} is also used by {outside[0]}")
+        residual = self._residual_before([inputs[0].x])
+        return MlpGroup(residual, tuple(inputs), output, channels, 1, tuple(vectors))
+
+    def _mlp_parts(
+        self, linear: Projection, output: Projection, inside: set[fx.Node], channels: int
+    ) -> list[Projection]:
+        """The input projection itself, or the parts of a fused one that are [B, T, channels]."""
+        if linear.out_features == channels:
+            return [linear]
+        parts: dict[fx.Node, Projection] = {}
+        for node in [n for n in self.graph.nodes if n in inside]:
+            if (shape(node) or ())[2:] != (channels,) or cone([node], set(parts))[1]:
+                continue
+            part = find_part(self.graph, linear, node, lambda n, node=node: n is node)
+            if part is not None:
+                parts[node] = part
+        if cone([output.x], {linear.linear, *parts})[1] & {linear.linear}:
+            raise _NoProof("input and output projections differ in their number of channels")
+        return list(parts.values())
+
+    # ------------------------------------------------------------------ attention
+    def _attention(self, output: Projection, met: set[fx.Node]) -> AttentionGroup:
+        cores, caches = met & self.cores, met & self.caches
+        if len(cores) > 1 or len(caches) > 1 or (cores and caches):
+            raise _NoProof("its input mixes several attention cores")
+        core = next(iter(cores), None)
+        if core is not None:
+            if len(core.users) != 1 or met != {core}:
+                raise _NoProof("its input is more than the attention core's output")
+            query, k, v = core.args[1:4]
+            if k.target is operator.getitem and k.args[0] in self.caches:
+                k, v = k.args[0].args[1:3]
+            seen: tuple[fx.Node, ...] = ()
+            heads = shape(query)[1]
+        else:
+            cache = next(iter(caches))
+            k, v = cache.args[1:3]
+            seen = tuple(n for n in self.graph.nodes if n.target is operator.getitem and n.args[0] is cache)
+            heads, query = shape(k)[1], output.x
+        kv_heads, width = shape(k)[1], shape(v)[3]
+        if heads % kv_heads or output.in_features != heads * width:
+            raise _NoProof(f"{heads} query heads do not divide over {kv_heads} key/value heads")
+        key_value = [
+            self._head_projection(name, node, shape(node)[1], shape(node)[3]) for name, node in (("key", k), ("value", v))
+        ]
+        inputs: tuple[Projection, ...] = ()
+        cut: tuple[fx.Node, ...] = seen
+        if core is None:
+            inputs = (self._written_out(output, met, cache, seen, heads, width),)
+        else:
+            self._prove_output(output, core, heads, width)
+            try:
+                inputs = (self._head_projection("query", query, heads, shape(query)[3]),)
+                self._prove_query(inputs[0], query, heads, shape(query)[3])
+            except (_NoProof, CaptureError) as reason:
+                self.whole_query, inputs, cut = str(reason), (), (query,)
+        parts = [p for p in (*inputs, *key_value) if p.rows is not None]
+        escaping = escapes(self.graph, parts) if inputs and inputs[0].rows is not None else None
+        if escaping:
+            raise _NoProof(f"{parts[0].linear.name} is also used by {escaping}")
+        return AttentionGroup(
+            self._residual_before([inputs[0].x] if inputs else [query, k, v]),
+            inputs,
+            output,
+            heads,
+            width,
+            core,
+            cut,
+            tuple(h // (heads // kv_heads) for h in range(heads)),
+            tuple(key_value),
+        )
+
+    def _head_projection(self, name: str, value: fx.Node, heads: int, width: int) -> Projection:
+        """The projection, or the part of a fused one, that the query, key or value [B, heads, T, width] comes from."""
+        _, met = cone([value], self.walls | set(self.stream))
+        if len(met) != 1 or not met <= set(self.by_node):
+            raise _NoProof(f"the {name} does not come from one projection")
+        whole = self.by_node[met.pop()]
+        if whole.out_features == heads * width:
+            return whole
+        part = find_part(self.graph, whole, value, lambda n: _is_heads(n, heads, width))
+        if part is None:
+            raise _NoProof(f"the {name} is no part of {whole.linear.name} that can be told apart (fused layout)")
+        return part
+
+    def _written_out(
+        self, output: Projection, met: set[fx.Node], cache: fx.Node, seen: tuple[fx.Node, ...], heads: int, width: int
+    ) -> Projection:
+        """The query projection of an attention that is written out in the layer, proved separable with it."""
+        linears = [self.by_node[n] for n in met if n in self.by_node]
+        if len(linears) != 1 or met != {linears[0].node, cache} or len(seen) != 2:
+            raise _NoProof("its attention is written out and reads more than a query projection and the KV cache")
+        query, region = linears[0], cone([output.x], {linears[0].node, *seen})[0] | {output.node}
+        if query.out_features != heads * width:
+            part = find_part(self.graph, query, output.x, lambda n: _is_heads(n, heads, width), seen)
+            if part is None:
+                raise _NoProof(f"the query is no part of {query.linear.name} that can be told apart (fused layout)")
+            query = part
+            region = cone([output.x], {query.node, *seen})[0] | {output.node}
+        masks = [n for n in region if is_mask(n)]
+        if any(not n.meta["val"].is_floating_point() for n in masks):
+            raise _NoProof("its attention is written out with a mask that is not additive")
+        for node in (query.node, *seen):
+            outside = [u.name for u in node.users if u not in region]
+            if outside:
+                raise _NoProof(f"{node.name} is also used by {outside[0]}")
+        run = Execution(self.graph)
+        generator = run.generator
+
+        def random(*dims: int) -> torch.Tensor:
+            return torch.rand(dims, dtype=torch.float64, generator=generator)
+
+        full = random(run.batch, run.length, heads, width)
+        keys = [random(run.batch, heads, run.length, shape(n)[3]) for n in seen]  # type: ignore[index]
+
+        def columns(kept: torch.Tensor) -> torch.Tensor:
+            seeds = {query.node: shaped(full.index_select(2, kept).flatten(2), query.node, width)}
+            seeds.update({n: k.index_select(1, kept) for n, k in zip(seen, keys, strict=True)})
+            return run.run([output.x], seeds)[0]
+
+        _prove_separable(columns, heads, width, "the layer's own attention")
+        return query
+
+    def _prove_output(self, output: Projection, core: fx.Node, heads: int, width: int) -> None:
+        """Column h * width + d of the output projection must read element d of head h, and nothing else."""
+        run = Execution(self.graph)
+        code = torch.arange(run.batch * run.length * heads * width, dtype=torch.float64)
+        code = code.view(run.batch, run.length, heads, width)
+        (columns,) = run.run([output.x], {core: code})
+        if not torch.equal(columns, code.flatten(2)):
+            raise _NoProof("the attention output is rearranged before the output projection")
+        kept = torch.arange(heads)[: max(1, heads - 1)]
+        (columns,) = run.run([output.x], {core: code.index_select(2, kept)})
+        if not torch.equal(columns, code.index_select(2, kept).flatten(2)):
+            raise _NoProof("the number of heads is a constant behind the attention core")
+
+    def _prove_query(self, query: Projection, q: fx.Node, heads: int, width: int) -> None:
+        """Running the rows of some heads must give exactly those heads of the full run."""
+        run = Execution(self.graph)
+        full = torch.rand(run.batch, run.length, heads, width, dtype=torch.float64, generator=run.generator)
+
+        def columns(kept: torch.Tensor) -> torch.Tensor:
+            seeds = {query.node: shaped(full.index_select(2, kept).flatten(2), query.node, width)}
+            (value,) = run.run([q], seeds)
+            return value.transpose(1, 2).flatten(2)
+
+        _prove_separable(columns, heads, width, "the way from the query projection to the core")
+
+
+def _is_heads(node: fx.Node, heads: int, width: int) -> bool:
+    dims, axis = shape(node), head_axis(node)
+    return dims[2:] == (heads * width,) if axis is None else (dims[axis], dims[3]) == (heads, width)  # type: ignore[index]
+
+
+def _prove_separable(columns, heads: int, width: int, where: str) -> None:
+    """`columns(kept)` [B, T, kept * width] must be the kept heads' columns of `columns(all)`, for several choices."""
+    whole = columns(torch.arange(heads)).unflatten(2, (heads, width))
+    for kept in (torch.arange(1, heads), torch.arange(heads - 1), torch.arange(0, heads, 2)):
+        if kept.numel() == 0:
+            continue
+        try:
+            part = columns(kept)
+        except (RuntimeError, IndexError):
+            raise _NoProof(f"the number of heads is a constant on {where}") from None
+        if not torch.allclose(part, whole.index_select(2, kept).flatten(2), rtol=1e-9):
+            raise _NoProof(f"something mixes the heads on {where}")
