@@ -56,7 +56,7 @@ def processor() -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row a shape; ideal includes the probe for prefill."""
     lines = [
-        "| phase, batch x length | dtype | core | dense ms | pruned ms | ratio | ideal | ratio/ideal | with head (ideal) |",
+        "| phase, batch x length | dtype | core | dense ms | pruned ms | ratio | ideal | / ideal | with head (ideal) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:

@@ -58,11 +58,9 @@ class GatherChannels(Pass):
 
     @staticmethod
     def _rows(block: BlockGraph, inserted: GroupNodes, position: int, part: Projection) -> Any:
-        """Of a part of a fused weight: (start, stop), or the buffer that lists its rows."""
-        if part.rows is None:
-            return None
-        if part.contiguous:
-            return part.rows[0], part.rows[-1] + 1
+        """Of a part of a fused weight: its range, or the buffer that lists its rows."""
+        if part.rows is None or part.range is not None:
+            return part.range
         return block.graph.get_attr(f"pp_{inserted.group.kind}.rows_{position}")
 
     @staticmethod

@@ -5,8 +5,8 @@ import operator
 from torch import fx
 
 from .. import plan, probe, runtime
-from ..exported import LAYER
 from ..dataflow import ATTENTION_CORES, carries_no_data, cone, is_input, is_mask, shape
+from ..exported import LAYER
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 
@@ -66,7 +66,7 @@ class extract_branch:
     """The branch residual -> state as a graph of its own.
 
     Attributes:
-        graph: placeholders are the residual rows, the `row_inputs`, the mask (if the branch `attends`), the `parameters`.
+        graph: placeholders are the residual rows, `row_inputs`, the mask (if the branch `attends`), `parameters`.
         row_inputs: other [B or 1, T, ...] tensors that the branch reads (rotary tables).
         parameters: `get_attr` nodes of weights and modules.
     """

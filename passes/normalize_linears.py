@@ -11,7 +11,7 @@ _TRANSPOSES = (aten.t.default, aten.numpy_T.default)
 
 
 class NormalizeLinears(Pass):
-    """`x @ weight.T` and Conv1D's view, addmm, view become aten.linear: the same product, in the form that is pruned."""
+    """`x @ weight.T` and Conv1D's view, addmm, view become aten.linear, the form that is pruned: the same product."""
 
     def call(self, block: BlockGraph) -> PassResult:
         matches = 0

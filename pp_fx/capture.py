@@ -35,7 +35,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and ModuleList of the decoder layers, found by type and length.
 
     Raises:
-        UnsupportedModelError: not a transformers decoder, an encoder, or no list of decoder layers.
+        UnsupportedModelError: not a transformers decoder, an encoder, no list of decoder layers, or shared layers.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -49,10 +49,21 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers > 0:
             if all(isinstance(m, GradientCheckpointingLayer) for m in module) and _is_decoder(module[0]):
+                _refuse_shared(module)
                 return path, module
     raise UnsupportedModelError(
         f"model={name} has no list of {layers} decoder layers; only causal language models are supported"
     )
+
+
+def _refuse_shared(layers: nn.ModuleList) -> None:
+    """Histories and selections belong to a place in the model, so every place needs a module of its own."""
+    for i, layer in enumerate(layers):
+        first = next(j for j, other in enumerate(layers) if other is layer)
+        if first < i:
+            raise UnsupportedModelError(
+                f"decoder layers {first} and {i} share one module; give each its own (copy.deepcopy) before transform"
+            )
 
 
 def _signature(layer: nn.Module) -> inspect.Signature:
@@ -258,9 +269,7 @@ def _modules_with_cache(layer: nn.Module, call: Call) -> dict[str, Any]:
 
         for name, module in copied.named_modules():
             if name:
-                module.register_forward_pre_hook(
-                    lambda m, a, k, name=name: enter(name, (a, k)), with_kwargs=True
-                )
+                module.register_forward_pre_hook(lambda m, a, k, name=name: enter(name, (a, k)), with_kwargs=True)
                 module.register_forward_hook(
                     lambda m, a, k, result, name=name: leave(name, (a, k), result), with_kwargs=True
                 )
@@ -349,5 +358,3 @@ def _capture(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: 
         raise CaptureError(f"torch.export cannot capture {type(layer).__name__}: {error}") from error
     cache: Any = next(path[0] for path, leaf in pathed if isinstance(leaf, markers.StubCache))
     return Cleaner(program, signature, var_kwargs, cache.key, [pathed[i][0] for i in slots], sites, names).clean()
-
-

@@ -35,7 +35,7 @@ def is_mask(node: fx.Node) -> bool:
     return is_input(node) and len(dims) == 4 and not isinstance(dims[2], int) and not isinstance(dims[3], int)
 
 
-def shape(node: fx.Node) -> tuple | None:
+def shape(node: Any) -> Any:
     """Shape seen at capture (symbols for the dynamic sizes), or None for what is no tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
@@ -95,7 +95,7 @@ class Execution:
         self.leaves: dict[fx.Node, Tensor] = {}
 
     def random(self, node: fx.Node) -> Tensor:
-        """A random float64 tensor (zeros for integers) of the node's shape at this batch and length; stable per node."""
+        """A random float64 tensor (zeros for integers) of the node's shape at this batch and length, once per node."""
         if node not in self.leaves:
             sizes = {self.symbols[0]: self.batch, self.symbols[1]: self.length}
             dims = [d if isinstance(d, int) else sizes.get(str(d), self.length) for d in node.meta["val"].shape]

@@ -44,7 +44,7 @@ class Cleaner:
         self.sites = sites
         self.module_names = module_names
         self.graph = fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
+        self.env: dict[Any, Any] = {}
         self.arguments: dict[str, fx.Node] = {}
         for p in signature.parameters.values():
             name = f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
@@ -97,7 +97,7 @@ class Cleaner:
         new.meta.update({k: v for k, v in node.meta.items() if k == "val"})
         self.env[node] = new
 
-    def _call(self, node: fx.Node) -> None:
+    def _call(self, node: Any) -> None:
         if node.target is aten._assert_tensor_metadata.default:
             return
         if node.target is aten.sym_size.int and str(node.meta["val"]) in self.symbols:
@@ -117,7 +117,7 @@ class Cleaner:
             new.kwargs = {k: bake if a is CAPTURE_DTYPE else a for k, a in new.kwargs.items()}
             self._put(node, new)
 
-    def _attention(self, node: fx.Node) -> None:
+    def _attention(self, node: Any) -> None:
         q, k, v, mask, extra, number = node.args
         site = self.sites[number]
         plain = dict(site.plain)
@@ -136,7 +136,7 @@ class Cleaner:
         new = self.graph.create_node("call_function", runtime.attention, args, {**plain, **tensors}, name="attention")
         self._put(node, new)
 
-    def _module(self, node: fx.Node) -> None:
+    def _module(self, node: Any) -> None:
         site: markers.ModuleSite = self.sites[node.args[1]]
 
         def value(leaf: Any) -> Any:

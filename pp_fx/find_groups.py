@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -109,7 +111,7 @@ class _Finder:
         for node in [n for n in self.graph.nodes if n in inside]:
             if (shape(node) or ())[2:] != (channels,) or cone([node], set(parts))[1]:
                 continue
-            part = find_part(self.graph, linear, node, lambda n, node=node: n is node)
+            part = find_part(self.graph, linear, node, functools.partial(operator.is_, node))
             if part is not None:
                 parts[node] = part
         if cone([output.x], {linear.linear, *parts})[1] & {linear.linear}:
@@ -118,6 +120,9 @@ class _Finder:
 
     # ------------------------------------------------------------------ attention
     def _attention(self, output: Projection, met: set[fx.Node]) -> AttentionGroup:
+        query: Any
+        k: Any
+        v: Any
         cores, caches = met & self.cores, met & self.caches
         if len(cores) > 1 or len(caches) > 1 or (cores and caches):
             raise _NoProof("its input mixes several attention cores")
@@ -139,7 +144,8 @@ class _Finder:
         if heads % kv_heads or output.in_features != heads * width:
             raise _NoProof(f"{heads} query heads do not divide over {kv_heads} key/value heads")
         key_value = [
-            self._head_projection(name, node, shape(node)[1], shape(node)[3]) for name, node in (("key", k), ("value", v))
+            self._head_projection(name, node, shape(node)[1], shape(node)[3])
+            for name, node in (("key", k), ("value", v))
         ]
         inputs: tuple[Projection, ...] = ()
         cut: tuple[fx.Node, ...] = seen

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .cache import Linear, Selection
 
-
-Rows = tuple[int, int] | Tensor | None
-"""Which rows of a weight belong to a part of it: (start, stop), int64 [C], or None for all."""
+Rows = tuple[int, int, int] | Tensor | None
+"""Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
 
 
 def gather_rows(
@@ -31,7 +30,8 @@ def gather_rows(
         x: [B, T, H].
         weights, biases: [out, H] and [out] or None of the linear layers.
         layout: for every projection its linear layer and its rows there (fused layers hold several projections).
-        pruned: that many projections run the kept units' rows; the others, which share a layer with them, all of theirs.
+        pruned: so many projections, the first ones, run the kept units' rows; the others, parts of the same fused
+            layers, run all of theirs.
 
     Returns:
         [B, T, kept columns] for every pruned projection, [B, T, C] for the others.
@@ -89,25 +89,27 @@ def _index(rows: Rows, columns: Tensor) -> Tensor:
     """The kept columns of a part as rows of the weight."""
     if rows is None:
         return columns
-    return columns + rows[0] if isinstance(rows, tuple) else rows.index_select(0, columns)
+    return columns * rows[2] + rows[0] if isinstance(rows, tuple) else rows.index_select(0, columns)
 
 
 def _part(output: Tensor, rows: Rows) -> Tensor:
     """A part of a linear layer's output [B, T, out]."""
     if rows is None:
         return output
-    return output[..., rows[0] : rows[1]] if isinstance(rows, tuple) else output.index_select(-1, rows)
+    return output[..., slice(*rows)] if isinstance(rows, tuple) else output.index_select(-1, rows)
 
 
 def _rows(weight: Tensor, bias: Tensor | None, rows: Rows) -> Linear:
     if rows is None:
         return weight, bias
     if isinstance(rows, tuple):
-        return weight[rows[0] : rows[1]], None if bias is None else bias[rows[0] : rows[1]]
+        return weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
     return weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
 
 
 def _stack(linears: list[Linear]) -> Linear:
-    """Several linear layers of one input as one. Either all have a bias or none."""
-    weights, biases = zip(*linears, strict=True)
-    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+    """Several linear layers of one input as one."""
+    weight = torch.cat([w for w, _ in linears])
+    if all(b is None for _, b in linears):
+        return weight, None
+    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in linears])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -51,8 +52,8 @@ class Projection:
     @classmethod
     def of(cls, linear: fx.Node) -> Projection:
         """The whole output of an aten.linear call."""
-        x, weight, *bias = linear.args
-        return cls(linear, linear, x, weight, bias[0] if bias else None)  # type: ignore[arg-type]
+        x, weight, bias = (*linear.args, None)[:3]
+        return cls(linear, linear, x, weight, bias)  # type: ignore[arg-type]
 
     @property
     def parameter(self) -> fx.Node:
@@ -90,9 +91,13 @@ class Projection:
         return self.weight.meta["val"].shape[1]
 
     @property
-    def contiguous(self) -> bool:
-        """Whether a part's rows are a range of the weight's."""
-        return self.rows is not None and self.rows == tuple(range(self.rows[0], self.rows[0] + len(self.rows)))
+    def range(self) -> tuple[int, int, int] | None:
+        """(start, stop, step) of a part's rows in the weight, or None where they lie scattered (or are all)."""
+        if self.rows is None:
+            return None
+        step = self.rows[1] - self.rows[0] if len(self.rows) > 1 else 1
+        found = self.rows[0], self.rows[-1] + 1, step
+        return found if step > 0 and self.rows == tuple(range(*found)) else None
 
     @property
     def share(self) -> float:
@@ -139,7 +144,7 @@ def find_part(
 
 def head_axis(node: fx.Node) -> int | None:
     """1 for [B, units, T, width], 2 for [B, T, units, width], None for [B, T, C]."""
-    dims = shape(node) or ()
+    dims: Any = shape(node) or ()
     if len(dims) != 4:
         return None
     return 1 if isinstance(dims[1], int) else 2
@@ -148,7 +153,8 @@ def head_axis(node: fx.Node) -> int | None:
 def _rows(moved: Tensor, axis: int | None) -> tuple[int, ...] | None:
     """The rows in `moved`, unit after unit; None if they differ between tokens."""
     flat = (moved.transpose(1, 2) if axis == 1 else moved).flatten(2)
-    return tuple(flat[0, 0].long().tolist()) if bool((flat == flat[0, 0]).all()) else None
+    first = flat[:1, :1]
+    return tuple(first.long().flatten().tolist()) if bool((flat == first).all()) else None
 
 
 def escapes(graph: fx.Graph, parts: list[Projection]) -> str | None:

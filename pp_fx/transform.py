@@ -198,7 +198,7 @@ def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
 
 def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
     weight = output_weight(layer, group)
-    scattered = {i: p.rows for i, p in enumerate((*group.inputs, *group.whole)) if p.rows and not p.contiguous}
+    scattered = {i: p.rows for i, p in enumerate((*group.inputs, *group.whole)) if p.rows and p.range is None}
     extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind], "rows": scattered}
     if isinstance(group, AttentionGroup):
         extra["kv_head"] = group.kv_head

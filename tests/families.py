@@ -25,7 +25,7 @@ _FALCON = {"parallel_attn": True, "bias": False, "alibi": False, "ffn_hidden_siz
 
 @dataclass(frozen=True)
 class Family:
-    """`mlp`, `attention` and `query`: pruned (True), or a part of the reason why that stays dense (the query: whole)."""
+    """`mlp`, `attention`, `query`: pruned (True), or a part of the reason why that stays dense (the query: whole)."""
 
     config: Any
     mlp: bool | str = True

@@ -49,11 +49,18 @@ def test_a_configuration_of_any_size_needs_no_weights():
 
 
 def test_what_stays_dense_comes_with_its_reason():
-    found = pp_fx.explain(FAMILIES["OLMo2"].config(), CONFIG)
+    found = pp_fx.explain(FAMILIES["Bloom"].config(), CONFIG)
     assert [g.kind for g in found.layers[0].groups] == ["mlp"]
-    assert any("self_attn.o_proj" in reason for reason in found.layers[0].dense)
-    assert "number of heads" in str(found).replace("\n", " ")
+    assert any("self_attention: runs as the module it is" in reason for reason in found.layers[0].dense)
     json.dumps(found.to_dict())
+
+
+def test_a_query_that_runs_whole_comes_with_its_reason():
+    found = pp_fx.explain(FAMILIES["OLMo2"].config(), CONFIG)
+    attention = next(g for g in found.layers[0].groups if g.kind == "attention")
+    assert (attention.inputs, attention.output) == ((), "self_attn.o_proj")
+    assert any("self_attn.o_proj: the query projection runs whole" in reason for reason in found.layers[0].dense)
+    assert "number of heads" in str(found).replace("\n", " ")
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch", 0), ("length", -1), ("length", 2.5)])
@@ -95,3 +102,8 @@ def test_nothing_is_changed(llama, ids):
         pp_fx.explain(llama, CONFIG)
         assert torch.equal(llama(ids).logits, dense)
     assert not pp_fx.is_transformed(llama)
+
+
+def test_fused_layers_count_the_same_macs_as_separate_ones():
+    fused, separate = (pp_fx.explain(FAMILIES[name].config(), CONFIG).macs for name in ("Phi3", "Llama"))
+    assert (fused.dense, fused.pruned, fused.probe) == pytest.approx((separate.dense, separate.pruned, separate.probe))

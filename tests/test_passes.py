@@ -6,8 +6,8 @@ from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSel
 
 import pp_fx
 from pp_fx.capture import capture_layer, find_layers, record_calls
+from pp_fx.find_groups import find_groups
 from pp_fx.gather import gather_columns, gather_rows
-from pp_fx.groups import find_groups
 
 from .conftest import tiny_llama
 from .families import build
@@ -24,6 +24,7 @@ def test_match_counts(llama):
     matches = {name: r.matches for name, r in results.items()}
     assert matches.pop("Cleanup") >= 0
     assert matches == {
+        "NormalizeLinears": 0,
         "FreeHeadCount": 0,  # nothing to free: Llama writes -1 for its heads
         "FindChannelGroups": 2,
         "InsertProbe": 2,
@@ -82,7 +83,7 @@ def test_what_mixes_channels_is_left_dense_with_the_reason(llama):
     assert any("not pointwise" in r for r in groups.reasons)
 
 
-def test_heads_that_are_mixed_before_the_core_are_left_dense(llama):
+def test_where_heads_are_mixed_before_the_core_the_query_runs_whole(llama):
     graph = captured(llama)
     query = find_groups(graph).attention.inputs[0].node
     with graph.inserting_after(query):
@@ -90,16 +91,16 @@ def test_heads_that_are_mixed_before_the_core_are_left_dense(llama):
     flipped.meta["val"] = query.meta["val"]
     query.replace_all_uses_with(flipped, delete_user_cb=lambda user: user is not flipped)
     groups = find_groups(graph)
-    assert groups.attention is None
-    assert any("not separable" in r for r in groups.reasons)
+    assert (groups.attention.inputs, len(groups.attention.cut)) == ((), 1)
+    assert any("the query projection runs whole (something mixes the heads" in r for r in groups.reasons)
 
 
 def test_a_head_count_written_as_a_constant_is_freed():
     model = build("OPT")
     graph = captured(model)
-    assert find_groups(graph).attention is None
+    assert find_groups(graph).attention.inputs == ()
     assert FreeHeadCount()(BlockGraph(graph)).matches == 1
-    assert find_groups(graph).attention.units == 4
+    assert [p.label for p in find_groups(graph).attention.inputs] == ["q"]
 
 
 def test_passes_out_of_order_are_refused(llama):
