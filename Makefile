@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench format
+.PHONY: demo test lint bench families format
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,3 +29,6 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/suite.py
+
+families: $(READY)
+	$(BIN)/python docs/families.py

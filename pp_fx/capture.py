@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import markers, runtime
+from . import markers
 from .errors import CaptureError, UnsupportedModelError
 from .exported import CAPTURE_DTYPE, TOKEN, TOKEN_NAME, Cleaner
 
@@ -230,23 +230,19 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         Graph with the layer's own signature (defaults and **kwargs included). Nodes carry fake tensors of the capture
         in `meta["val"]`.
 
-    A submodule that takes the KV cache and cannot be captured stays whole: the graph calls it as the layer does, and
-    its node's `meta["reason"]` says why.
+    Routed experts, and a submodule that takes the KV cache and cannot be captured, stay whole: the graph calls them
+    as the layer does, and their nodes' `meta["reason"]` says why.
 
     Raises:
         CaptureError: the layer does something that a graph cannot represent.
     """
     try:
-        return _capture(model, layer, calls, {})
+        return _capture(model, layer, calls, {}, "")
     except CaptureError as error:
         whole = _modules_with_cache(layer, calls[0])
         if not whole:
             raise
-        graph = _capture(model, layer, calls, whole)
-        for node in graph.nodes:
-            if node.target is runtime.call_module:
-                node.meta["reason"] = f"runs as the module it is ({str(error).splitlines()[0]})"
-        return graph
+        return _capture(model, layer, calls, whole, f"runs as the module it is ({str(error).splitlines()[0]})")
 
 
 def _modules_with_cache(layer: nn.Module, call: Call) -> dict[str, Any]:
@@ -301,8 +297,10 @@ def _output_like(result: Any, shape: torch.Size) -> Any:
     return output
 
 
-def _capture(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: dict[str, Any]) -> fx.Graph:
-    """`capture_layer`; the submodules in `whole` stay calls."""
+def _capture(
+    model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: dict[str, Any], reason: str
+) -> fx.Graph:
+    """`capture_layer`; the submodules in `whole` stay calls, for `reason`."""
     signature = _signature(layer)
     var_kwargs = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
@@ -339,7 +337,7 @@ def _capture(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: 
         dynamic.append({0: torch.export.Dim.AUTO})
         caller = _Caller(_fake_copy(layer, dtypes), leaves, spec, slots, var_kwargs).eval()
     for path, output in whole.items():
-        markers.stay_whole(caller.layer.get_submodule(path), output)
+        markers.stay_whole(caller.layer.get_submodule(path), output, reason)
 
     names = {id(m): n for n, m in caller.layer.named_modules()}
     configs = {id(m.config): m.config for m in (model, *caller.layer.modules()) if hasattr(m, "config")}

@@ -150,4 +150,6 @@ class Cleaner:
             forwarded = self.arguments[self.var_kwargs]
         kwargs = {k: self.arguments.get(k, v) for k, v in kwargs.items()}  # the caller's value at run time
         module = self.graph.get_attr(self.module_names[id(site.module)])
-        self._put(node, self.graph.call_function(runtime.call_module, (module, args, kwargs, forwarded)))
+        new = self.graph.call_function(runtime.call_module, (module, args, kwargs, forwarded))
+        new.meta["reason"] = site.reason
+        self._put(node, new)

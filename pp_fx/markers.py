@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .errors import CaptureError
 
 IMPLEMENTATION = "pp_fx_capture"
-"""Name under which the marker is registered with transformers' AttentionInterface."""
+"""Name under which the markers are registered with transformers' AttentionInterface and ExpertsInterface."""
 
 
 @dataclass
@@ -34,12 +35,15 @@ class Site:
 
 @dataclass
 class ModuleSite:
-    """One call of a module that stays whole. `leaves` are its arguments with every tensor replaced by its number."""
+    """One call of a module that stays whole.
+
+    `leaves` are its arguments, every tensor replaced by its number; `reason` says why it stays whole.
+    """
 
     module: nn.Module
     leaves: list[Any]
     spec: Any
-    output: Callable[[Tensor], Any]
+    reason: str
 
 
 class TensorNumber(int):
@@ -85,19 +89,31 @@ def _marker_attention(module, query, key, value, attention_mask=None, **kwargs):
 AttentionInterface.register(IMPLEMENTATION, _marker_attention)
 
 
-def stay_whole(module: nn.Module, output: Callable[[Tensor], Any]) -> None:
+def _marker_experts(module, hidden_states, *args, **kwargs):
+    reason = "its experts stay dense: every token runs others of them"
+    return _marker_module(module, lambda tensor: tensor, reason, (hidden_states, *args), kwargs)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _marker_experts)
+
+
+def stay_whole(module: nn.Module, output: Callable[[Tensor], Any], reason: str) -> None:
     """Let calls of `module` become markers. `output(tensor)` is what it returns for its [B, T, H] result."""
 
-    def forward(*args, **kwargs):
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        numbers = iter(range(len(tensors)))
-        leaves = [TensorNumber(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        assert _sites is not None
-        _sites.append(ModuleSite(module, leaves, spec, output))
-        return output(MODULE(tensors, len(_sites) - 1))
+    module.__dict__["forward"] = lambda *args, **kwargs: _marker_module(module, output, reason, args, kwargs)
 
-    module.__dict__["forward"] = forward
+
+def _marker_module(
+    module: nn.Module, output: Callable[[Tensor], Any], reason: str, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    numbers = iter(range(len(tensors)))
+    leaves = [TensorNumber(next(numbers)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    if _sites is None:
+        raise CaptureError(f"implementation {IMPLEMENTATION!r} is for capture only; choose another")
+    _sites.append(ModuleSite(module, leaves, spec, reason))
+    return output(MODULE(tensors, len(_sites) - 1))
 
 
 class StubCache:
@@ -116,16 +132,17 @@ class StubCache:
 
 @contextlib.contextmanager
 def recording(configs: list[Any]) -> Iterator[list[Any]]:
-    """Route attention of modules with these configs to the marker; yields the list that collects the sites."""
+    """Route attention and experts of modules with these configs to markers; yields the list that collects the sites."""
     global _sites
-    before = [(c, c._attn_implementation_internal) for c in configs]
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    before = [(c, name, getattr(c, name)) for c in configs for name in names if hasattr(c, name)]
     sites: list[Any] = []
     _sites = sites
     try:
-        for config in configs:
-            config._attn_implementation_internal = IMPLEMENTATION
+        for config, name, _ in before:
+            setattr(config, name, IMPLEMENTATION)
         yield sites
     finally:
         _sites = None
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        for config, name, implementation in before:
+            setattr(config, name, implementation)

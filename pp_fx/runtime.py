@@ -54,12 +54,12 @@ def call_module(module, args, kwargs, forwarded):
     """A module that capture could not see into, as the original layer calls it.
 
     Returns:
-        Its [B, T, H] result; of a tuple the first tensor of that rank.
+        Its result; of a tuple the first [B, T, H] tensor.
     """
     result = module(*args, **{**kwargs, **(forwarded or {})})
     if isinstance(result, Tensor):
         return result
-    return next(r for r in result if isinstance(r, Tensor) and r.ndim == args[0].ndim)
+    return next(r for r in result if isinstance(r, Tensor) and r.ndim == 3)
 
 
 class PrunedAttentionView:

@@ -25,12 +25,16 @@ _FALCON = {"parallel_attn": True, "bias": False, "alibi": False, "ffn_hidden_siz
 
 @dataclass(frozen=True)
 class Family:
-    """`mlp`, `attention`, `query`: pruned (True), or a part of the reason why that stays dense (the query: whole)."""
+    """`mlp`, `attention`, `query`: pruned (True), or a part of the reason why that stays dense (the query: whole).
+
+    `static`: transformers' own model runs on a StaticCache under torch.compile(fullgraph=True), with the right result.
+    """
 
     config: Any
     mlp: bool | str = True
     attention: bool | str = True
     query: bool | str = True
+    static: bool = True
     implementation: str = "sdpa"
 
 
@@ -88,6 +92,7 @@ FAMILIES: dict[str, Family] = {
         "Falcon",
         {**_COMMON, **_FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
         attention=_WHOLE,
+        static=False,
     ),
     "StableLM": _of("StableLm", {**_BASE, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "StableLM, q/k norm": _of("StableLm", {**_BASE, "qk_layernorm": True}, query=_CONSTANT),
@@ -117,6 +122,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
         },
         attention=_WHOLE,
+        static=False,
         implementation="eager",
     ),
     "Persimmon": _of("Persimmon", {**_COMMON, "intermediate_size": 96}),
@@ -132,23 +138,26 @@ FAMILIES: dict[str, Family] = {
         "Mpt",
         {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2},
         attention=_WHOLE,
+        static=False,
         implementation="eager",
     ),
-    "Mixtral": _of("Mixtral", {**_BASE, **_EXPERTS}, mlp="no plain linear layers"),
+    "Mixtral": _of("Mixtral", {**_BASE, **_EXPERTS}, mlp="experts stay dense"),
     "GPT-OSS": _of(
         "GptOss",
         {**_BASE, **_EXPERTS, "head_dim": 16, "sliding_window": 24},
-        mlp="no plain linear layers",
+        mlp="experts stay dense",
         implementation="eager",
     ),
 }  # fmt: skip
 
 
-def build(name: str) -> Any:
+def build(name: str, implementation: str | None = None) -> Any:
     """The family's tiny model in fp32 and eval mode, with weights large enough that errors show up."""
     torch.manual_seed(0)
     family = FAMILIES[name]
-    model = AutoModelForCausalLM.from_config(family.config(), attn_implementation=family.implementation).eval()
+    model = AutoModelForCausalLM.from_config(
+        family.config(), attn_implementation=implementation or family.implementation
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -52,16 +52,21 @@ def assert_equals_zeroed(original, ids, padded):
     torch.testing.assert_close(got[1] / scale, expected[1] / scale, atol=1e-4, rtol=0)
 
 
-def zero_channels(original, rewritten, chosen):
-    """Hooks on the original's output projections."""
+def output_projection(original, rewritten, index, kind):
+    """The original's module that a rewritten layer's output projection was."""
     twins = [m for m in original.modules() if type(m).__name__ == rewritten[0].original_class.__name__]
     assert len(twins) == len(rewritten)
+    return twins[index].get_submodule(rewritten[index].groups[kind].output.module)
+
+
+def zero_channels(original, rewritten, chosen):
+    """Hooks on the original's output projections."""
     for index, groups in chosen.items():
         for kind, selection in groups.items():
             output = rewritten[index].groups[kind].output
             mask = torch.zeros(output.in_features)
             mask[selection.columns] = 1
-            projection = twins[index].get_submodule(output.module)
+            projection = output_projection(original, rewritten, index, kind)
             projection.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask, *args[1:]))
             vector = selection.compensation
             projection.register_forward_hook(lambda m, args, out, vector=vector: out + vector)

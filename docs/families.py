@@ -1,0 +1,81 @@
+"""Write docs/families.md: what was checked for every decoder family.
+
+    python docs/families.py
+
+The checks are those of tests/family_checks.py on tiny random models of each family.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pp_fx.capture import find_layers, structure_key  # noqa: E402
+from pp_fx.structure import find_structures  # noqa: E402
+from tests.families import FAMILIES, build  # noqa: E402
+from tests.family_checks import CHECKS  # noqa: E402
+from tests.zeroed import PRUNED, layers_of, transformed  # noqa: E402
+
+TEXT = f"""# Decoder families
+
+Made by `python docs/families.py` with torch {torch.__version__.split("+")[0]} and transformers \
+{transformers.__version__}; the test suite checks the same and that this page is up to date. Support comes from the
+structure of a layer, not from its name: a family that is not here works if its layers are built like one that is.
+
+- *exact at 0*: with ratio 0, logits and generated tokens are bit for bit those of the untransformed model, with and
+  without left padding.
+- *reference*: the kept channels and heads are those that the paper's formula gives on the original model.
+- *DynamicCache*: prefill and decoding equal the original model with its dropped channels zeroed (1e-4 of the logits).
+- *StaticCache, compiled*: the same under `torch.compile(fullgraph=True)`; "not in transformers" where the untransformed
+  model cannot do it either, or gives wrong results.
+- *kept*: of a layer at 40% MLP and attention; *capture s*: seconds for one distinct structure.
+
+"""
+
+
+def row(name: str) -> dict[str, Any]:
+    """The checks of one family."""
+    cells: dict[str, Any] = {"family": name}
+    for check, function in CHECKS.items():
+        if check.startswith("Static") and not FAMILIES[name].static:
+            cells[check] = "not in transformers"
+            continue
+        try:
+            function(name)
+            cells[check] = "yes"
+        except Exception as error:  # the table is the report
+            cells[check] = f"no ({type(error).__name__})"
+    model = build(name)
+    layers = find_layers(model)[1]
+    find_structures(model, layers)  # the first capture of a process also loads torch.export
+    start = time.perf_counter()
+    find_structures(model, layers)
+    seconds = (time.perf_counter() - start) / len({structure_key(layer) for layer in layers})
+    layer: Any = layers_of(transformed(model, PRUNED))[-1]
+    for title, kind in (("kept heads", "attention"), ("kept channels", "mlp")):
+        state = layer.states().get(kind)
+        cells[title] = "all" if state is None else f"{state.kept_units} of {state.units}"
+    return {**cells, "capture s": f"{seconds:.1f}", "not pruned": "; ".join(layer.reasons).replace("|", "/")}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = [row(name) for name in track(FAMILIES, "families")]
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(r.values()) for r in rows)]
+    table = "\n".join(f"| {line} |" for line in lines)
+    (ROOT / "docs" / "families.md").write_text(f"{TEXT}{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
