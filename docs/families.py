@@ -1,6 +1,7 @@
 """Write docs/families.md: what was checked for every decoder family.
 
-    python docs/families.py
+    python docs/families.py            # all, in minutes
+    python docs/families.py Bloom MPT  # only these rows
 
 The checks are those of tests/family_checks.py on tiny random models of each family.
 """
@@ -28,9 +29,10 @@ from tests.zeroed import PRUNED, layers_of, transformed  # noqa: E402
 
 TEXT = f"""# Decoder families
 
-Made by `python docs/families.py` with torch {torch.__version__.split("+")[0]} and transformers \
-{transformers.__version__}; the test suite checks the same and that this page is up to date. Support comes from the
-structure of a layer, not from its name: a family that is not here works if its layers are built like one that is.
+Made by `python docs/families.py` with torch {torch.__version__.split("+")[0]} and \
+transformers {transformers.__version__}; the test suite checks the same, and that this page is up to date. Support
+comes from the structure of a layer, not from its name: a family that is not here works if its layers are built like
+one that is. `pp-fx explain` tells it of any model from its configuration alone.
 
 - *exact at 0*: with ratio 0, logits and generated tokens are bit for bit those of the untransformed model, with and
   without left padding.
@@ -71,10 +73,15 @@ def row(name: str) -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    rows = [row(name) for name in track(FAMILIES, "families")]
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(r.values()) for r in rows)]
-    table = "\n".join(f"| {line} |" for line in lines)
-    (ROOT / "docs" / "families.md").write_text(f"{TEXT}{table}\n", encoding="utf-8")
+    page, names = ROOT / "docs" / "families.md", sys.argv[1:] or list(FAMILIES)
+    rows = {name: row(name) for name in track(names, "families")}
+    head = list(next(iter(rows.values())))
+    lines = {name: f"| {' | '.join(cells.values())} |" for name, cells in rows.items()}
+    for line in page.read_text(encoding="utf-8").splitlines() if page.exists() else ():
+        if line.startswith("| "):
+            lines.setdefault(line.split("|")[1].strip(), line)
+    table = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |", *(lines[name] for name in FAMILIES)]
+    page.write_text(TEXT + "\n".join(table) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

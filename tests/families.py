@@ -132,6 +132,7 @@ FAMILIES: dict[str, Family] = {
         "Bloom",
         {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "pad_token_id": 0},
         attention=_WHOLE,
+        static=False,
         implementation="eager",
     ),
     "MPT": _of(
