@@ -33,7 +33,10 @@ def find_groups(graph: fx.Graph) -> Groups:
             result.reasons.append(f"{projection.module}: {reason}")
             continue
         if isinstance(group, MlpGroup):
-            result.mlp = group
+            narrow, wide = sorted((group, result.mlp or group), key=lambda g: g.units)
+            if narrow is not wide:
+                result.reasons.append(f"{narrow.output.module}: the layer has a wider MLP")
+            result.mlp = wide
         elif isinstance(group, AttentionGroup):
             result.attention = group
             if not group.inputs:
@@ -73,6 +76,8 @@ class _Finder:
     # ------------------------------------------------------------------ MLP
     def _mlp(self, output: Projection, linears: list[Projection]) -> MlpGroup:
         channels = output.in_features
+        if 2 * channels < shape(self.stream[0])[-1]:
+            raise _NoProof("it is narrower than half the residual stream (a low-rank adapter)")
         if len({p.x for p in linears}) != 1:
             raise _NoProof("its input projections read different inputs")
         inside, _ = cone([output.x], set(self.by_node))
@@ -143,10 +148,7 @@ class _Finder:
         kv_heads, width = shape(k)[1], shape(v)[3]
         if heads % kv_heads or output.in_features != heads * width:
             raise _NoProof(f"{heads} query heads do not divide over {kv_heads} key/value heads")
-        key_value = [
-            self._head_projection(name, node, shape(node)[1], shape(node)[3])
-            for name, node in (("key", k), ("value", v))
-        ]
+        key_value = self._key_value(k, v)
         inputs: tuple[Projection, ...] = ()
         cut: tuple[fx.Node, ...] = seen
         if core is None:
@@ -171,8 +173,17 @@ class _Finder:
             core,
             cut,
             tuple(h // (heads // kv_heads) for h in range(heads)),
-            tuple(key_value),
+            key_value,
         )
+
+    def _key_value(self, k: fx.Node, v: fx.Node) -> tuple[Projection, ...]:
+        """The projections of keys and values; where they are more than one each (adapters), all that they come from."""
+        try:
+            named = ("key", k), ("value", v)
+            return tuple(self._head_projection(name, node, shape(node)[1], shape(node)[3]) for name, node in named)
+        except _NoProof:
+            inside, _ = cone([k, v], set(self.stream))
+            return tuple(p for p in self.by_node.values() if p.node in inside)
 
     def _head_projection(self, name: str, value: fx.Node, heads: int, width: int) -> Projection:
         """The projection, or the part of a fused one, that the query, key or value [B, heads, T, width] comes from."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import runtime
 from .block import block_class, compile_graph
 from .capture import capture_layer, masks_are_inverted, record_calls, structure_key
+from .errors import UnsupportedModelError
 from .groups import Group
 from .passes import BlockGraph, probe_pruning
 
@@ -38,7 +41,9 @@ def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Stru
 
     Raises:
         CaptureError: a layer cannot be captured.
+        UnsupportedModelError: a layer holds quantized or distributed weights.
     """
+    _refuse_quantized(layers)
     calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
     found: dict[tuple, Structure] = {}
     for i, layer in enumerate(layers):
@@ -60,3 +65,15 @@ def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Stru
             reasons=block.groups.reasons,
         )
     return found
+
+
+def _refuse_quantized(layers: nn.ModuleList) -> None:
+    """Rows of a weight can be taken only where it is an ordinary tensor of numbers."""
+    for name, tensor in (*layers.named_parameters(), *layers.named_buffers()):
+        kind = type(tensor).__name__
+        packed = tensor.ndim == 2 and tensor.dtype in (torch.int8, torch.uint8, torch.int32)
+        if packed or not (type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)):
+            raise UnsupportedModelError(
+                f"{name} of the decoder layers is a {kind} of {tensor.dtype}: quantized or distributed weights "
+                "cannot be pruned; load the model unquantized (or model.dequantize()) on one device before transform"
+            )

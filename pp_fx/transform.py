@@ -67,7 +67,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         _check_hooks(i, layer)
     carried = carried_ratios(config, len(layers))
     structures = find_structures(model, layers)
-    _warn_dense(structures.values(), carried)
+    _warn_dense(model, structures.values(), carried)
     prepared = []
     for i, layer in enumerate(layers):
         structure = structures[structure_key(layer)]
@@ -188,12 +188,14 @@ def _check_hooks(index: int, layer: nn.Module) -> None:
             raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
 
 
-def _warn_dense(structures: Any, carried: dict[str, float]) -> None:
+def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, float]) -> None:
+    adapted = any(hasattr(m, "base_layer") and hasattr(m, "merge") for m in model.modules())
+    remedy = "; merge the adapters first (PEFT: model.merge_and_unload())" if adapted else ""
     for kind, ratio in carried.items():
         without = [s for s in structures if kind not in s.groups]
         if ratio > 0 and without:
             reasons = "; ".join(dict.fromkeys(r for s in without for r in s.reasons))
-            warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}", stacklevel=3)
+            warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}{remedy}", stacklevel=3)
 
 
 def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:
