@@ -56,6 +56,7 @@ class _Finder:
         self.modules = {n for n in graph.nodes if n.target is runtime.call_module}
         self.walls = {*self.by_node, *self.cores, *self.caches, *self.modules}
         self.stream = residual_stream(graph, self.walls)
+        self.width = shape(next(iter(graph.nodes)))[-1]
         self.whole_query = ""
 
     def group_of(self, output: Projection) -> Group | None:
@@ -76,7 +77,7 @@ class _Finder:
     # ------------------------------------------------------------------ MLP
     def _mlp(self, output: Projection, linears: list[Projection]) -> MlpGroup:
         channels = output.in_features
-        if 2 * channels < shape(self.stream[0])[-1]:
+        if 2 * channels < self.width:
             raise _NoProof("it is narrower than half the residual stream (a low-rank adapter)")
         if len({p.x for p in linears}) != 1:
             raise _NoProof("its input projections read different inputs")
