@@ -148,7 +148,9 @@ class Cleaner:
         forwarded = None
         if kwargs.pop(TOKEN_NAME, None) is TOKEN and self.var_kwargs is not None:
             forwarded = self.arguments[self.var_kwargs]
-        kwargs = {k: self.arguments.get(k, v) for k, v in kwargs.items()}  # the caller's value at run time
+        for name, value in kwargs.items():
+            if name in self.arguments and not isinstance(value, fx.Node):
+                kwargs[name] = self.arguments[name]  # the caller's value at run time, not the one seen at capture
         module = self.graph.get_attr(self.module_names[id(site.module)])
         new = self.graph.call_function(runtime.call_module, (module, args, kwargs, forwarded))
         new.meta["reason"] = site.reason

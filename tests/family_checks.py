@@ -30,6 +30,7 @@ def exact_at_zero(name, implementation=None):
         dense = model(ids).logits, model(ids, attention_mask=mask).logits, generated(), generated(attention_mask=mask)
         transformed(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
         assert torch.equal(model(ids).logits, dense[0])
+        assert torch.equal(model(ids, use_cache=False).logits, dense[0])
         assert torch.equal(model(ids, attention_mask=mask).logits, dense[1])
         assert torch.equal(generated(), dense[2])
         assert torch.equal(generated(attention_mask=mask), dense[3])

@@ -5,14 +5,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import pp_fx
 from pp_fx.transform import layers_of
 
 from .conftest import tiny_llama
 from .families import FAMILIES, build
-from .family_checks import equals_zeroed, exact_at_zero, selects_like_the_paper, static_and_compiled
-from .zeroed import PRUNED
+from .family_checks import equals_zeroed, exact_at_zero, selects_like_the_paper, some_ids, static_and_compiled
+from .zeroed import PRUNED, transformed
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 DISTINCT = ["Llama", "Gemma2", "OLMo2", "Phi3", "GPT-NeoX", "GPT-2", "GPT-J", "Bloom", "Mixtral"]
@@ -90,6 +91,21 @@ def test_the_table_of_the_families_is_complete_and_green():
             assert cells[check] == "yes", (row[0], check)
         assert cells["StaticCache, compiled"] == ("yes" if FAMILIES[row[0]].static else "not in transformers")
         assert float(cells["capture s"]) <= 3
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_restore_gives_the_original_back(name):
+    model, ids = build(name), some_ids()
+    strides = {key: p.stride() for key, p in model.named_parameters()}
+    values = {key: p.clone() for key, p in model.named_parameters()}
+    with torch.no_grad():
+        dense = model(ids).logits
+        transformed(model, PRUNED)(ids)
+        pp_fx.restore(model)
+        assert torch.equal(model(ids).logits, dense)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, values[key])
+        assert parameter.stride() == strides[key]
 
 
 def test_one_structure_is_captured_once(monkeypatch):
