@@ -290,6 +290,8 @@ def _output_like(result: Any, shape: torch.Size) -> Any:
     """Function from a tensor of `shape` to a result of the same form; other tensors (attention weights) are None."""
     leaves, spec = pytree.tree_flatten(result)
     own = [isinstance(leaf, torch.Tensor) and leaf.shape == shape for leaf in leaves]
+    if sum(own) != 1:
+        raise CaptureError(f"a module that takes the KV cache returns {sum(own)} tensors [B, T, H]; it needs one")
 
     def output(tensor: torch.Tensor) -> Any:
         return pytree.tree_unflatten([tensor if mine else None for mine in own], spec)

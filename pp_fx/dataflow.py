@@ -134,4 +134,7 @@ class Execution:
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
         if node.target is aten.to.dtype:
             return args[0]  # stay in float64
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:  # any op may refuse the sizes or the dtype of the proof
+            raise CaptureError(f"the proof by execution cannot run {node.name} ({error})") from error

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import runtime
-from .dataflow import Execution, cone, is_mask, is_parameter, residual_stream, shape
+from .dataflow import Execution, carries_no_data, cone, is_input, is_mask, is_parameter, residual_stream, shape
 from .errors import CaptureError
 from .groups import AttentionGroup, Group, Groups, MlpGroup
 from .projections import Projection, escapes, find_part, find_projections, head_axis, shaped
@@ -74,11 +74,21 @@ class _Finder:
             raise _NoProof(f"{nodes[0].name} does not come from one point of the residual stream")
         return met.pop()
 
+    def _refuse_other_inputs(self, state: list[fx.Node]) -> None:
+        """Every argument of the layer that the branch reads must have rows that the probe can take."""
+        inside, _ = cone(state, set(self.stream) | self.modules | self.caches)
+        batch, length = shape(next(iter(self.graph.nodes)))[:2]
+        for node in [n for n in self.graph.nodes if n in inside and is_input(n) and shape(n) and not is_mask(n)]:
+            if str(shape(node)[:2][-1]) != str(length) or str(shape(node)[0]) not in ("1", str(batch)):
+                raise _NoProof(f"{node.name} is no argument [B, T, ..], whose rows the probe could take")
+
     # ------------------------------------------------------------------ MLP
     def _mlp(self, output: Projection, linears: list[Projection]) -> MlpGroup:
         channels = output.in_features
         if 2 * channels < self.width:
             raise _NoProof("it is narrower than half the residual stream (a low-rank adapter)")
+        if any(len(shape(n)) > 3 for n in (output.x, *(p.node for p in linears))):
+            raise _NoProof("its linear layers work on more than three axes")
         if len({p.x for p in linears}) != 1:
             raise _NoProof("its input projections read different inputs")
         inside, _ = cone([output.x], set(self.by_node))
@@ -104,6 +114,7 @@ class _Finder:
             outside = [u.name for u in node.users if u not in inside]
             if outside:
                 raise _NoProof(f"{node.name} is also used by {outside[0]}")
+        self._refuse_other_inputs([output.x])
         residual = self._residual_before([inputs[0].x])
         return MlpGroup(residual, tuple(inputs), output, channels, 1, tuple(vectors))
 
@@ -159,8 +170,10 @@ class _Finder:
             try:
                 inputs = (self._head_projection("query", query, heads, shape(query)[3]),)
                 self._prove_query(inputs[0], query, heads, shape(query)[3])
+                self._refuse_other_users(inputs[0].node, query, core)
             except (_NoProof, CaptureError) as reason:
                 self.whole_query, inputs, cut = str(reason), (), (query,)
+        self._refuse_other_inputs([query, k, v])
         parts = [p for p in (*inputs, *key_value) if p.rows is not None]
         escaping = escapes(self.graph, parts) if inputs and inputs[0].rows is not None else None
         if escaping:
@@ -176,6 +189,19 @@ class _Finder:
             tuple(h // (heads // kv_heads) for h in range(heads)),
             key_value,
         )
+
+    @staticmethod
+    def _refuse_other_users(start: fx.Node, query: fx.Node, core: fx.Node) -> None:
+        """What the query passes may reach nothing but the attention core."""
+        passed = {start}
+        between, _ = cone([query], {start})
+        for node in (start, *start.graph.nodes):
+            if node in between and any(i in passed for i in node.all_input_nodes):
+                passed.add(node)
+        for node in passed:
+            outside = [u.name for u in node.users if u not in passed and u is not core and not carries_no_data(u)]
+            if outside:
+                raise _NoProof(f"{node.name} is also used by {outside[0]}")
 
     def _key_value(self, k: fx.Node, v: fx.Node) -> tuple[Projection, ...]:
         """The projections of keys and values; where they are more than one each (adapters), all that they come from."""
@@ -276,7 +302,8 @@ def _prove_separable(columns, heads: int, width: int, where: str) -> None:
             continue
         try:
             part = columns(kept)
-        except (RuntimeError, IndexError):
+        except CaptureError:
             raise _NoProof(f"the number of heads is a constant on {where}") from None
-        if not torch.allclose(part, whole.index_select(2, kept).flatten(2), rtol=1e-9):
+        expected = whole.index_select(2, kept).flatten(2)
+        if part.shape != expected.shape or not torch.allclose(part, expected, rtol=1e-9):
             raise _NoProof(f"something mixes the heads on {where}")

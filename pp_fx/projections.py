@@ -134,9 +134,10 @@ def find_part(
         chain.add(node)
         if shape(node) is None or not fits(node) or cone([value], {node, whole.linear, *beside})[1] != {node, *beside}:
             continue
-        code = torch.arange(whole.out_features, dtype=torch.float64).expand(run.batch, run.length, -1)
+        tokens, out = run.batch * run.length, whole.out_features
+        code = torch.arange(tokens * out, dtype=torch.float64).view(run.batch, run.length, out)
         (moved,) = run.run([node], {whole.linear: code})
-        rows = _rows(moved, head_axis(node))
+        rows = _rows(moved, head_axis(node), code)
         if rows is not None:
             return Projection(node, whole.linear, whole.x, whole.weight, whole.bias, rows)
     return None
@@ -150,11 +151,16 @@ def head_axis(node: fx.Node) -> int | None:
     return 1 if isinstance(dims[1], int) else 2
 
 
-def _rows(moved: Tensor, axis: int | None) -> tuple[int, ...] | None:
-    """The rows in `moved`, unit after unit; None if they differ between tokens."""
+def _rows(moved: Tensor, axis: int | None, code: Tensor) -> tuple[int, ...] | None:
+    """The rows in `moved`, unit after unit; None if they differ between tokens or come from another token."""
     flat = (moved.transpose(1, 2) if axis == 1 else moved).flatten(2)
-    first = flat[:1, :1]
-    return tuple(first.long().flatten().tolist()) if bool((flat == first).all()) else None
+    if flat.shape[:2] != code.shape[:2]:
+        return None
+    rows = (flat - code[..., :1]).long()
+    first = rows[:1, :1]
+    if bool((rows != first).any()) or int(first.min()) < 0 or int(first.max()) >= code.shape[2]:
+        return None
+    return tuple(first.flatten().tolist())
 
 
 def escapes(graph: fx.Graph, parts: list[Projection]) -> str | None:

@@ -56,7 +56,7 @@ def call_module(module, args, kwargs, forwarded):
     Returns:
         Its result; of a tuple the first [B, T, H] tensor.
     """
-    result = module(*args, **{**kwargs, **(forwarded or {})})
+    result = module(*args, **{**(forwarded or {}), **kwargs})
     if isinstance(result, Tensor):
         return result
     return next(r for r in result if isinstance(r, Tensor) and r.ndim == 3)
@@ -93,6 +93,9 @@ def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwarg
     k, v = k.index_select(1, heads), v.index_select(1, heads)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == state.units and state.units > 1:
         mask = mask.index_select(1, selection.kept)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (state.units,):
+            kwargs[name] = value.index_select(0, selection.kept)
     call = _attention_function(module)
     view = PrunedAttentionView(module, state.units, selection.kept)
     return call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]

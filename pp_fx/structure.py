@@ -36,8 +36,11 @@ class Structure:
     reasons: list[str]
 
 
-def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Structure]:
+def find_structures(model: nn.Module, layers: nn.ModuleList) -> tuple[dict[tuple, Structure], list[Any]]:
     """Capture one layer for each distinct structure (`capture.structure_key`). The model is not changed.
+
+    Returns:
+        The structures, and a recorded call of every layer.
 
     Raises:
         CaptureError: a layer cannot be captured.
@@ -64,7 +67,7 @@ def find_structures(model: nn.Module, layers: nn.ModuleList) -> dict[tuple, Stru
             reprobes={n.group.kind: n.reprobes for n in block.inserted},
             reasons=block.groups.reasons,
         )
-    return found
+    return found, calls[0]
 
 
 def _refuse_quantized(layers: nn.ModuleList) -> None:

@@ -18,6 +18,7 @@ from .groups import AttentionGroup, Group
 from .plan import INFO, LayerInfo, ModelInfo, check_cache
 from .state import GroupState
 from .structure import Structure, find_structures
+from .verify import compare_layers, run_layer
 
 logger = logging.getLogger(__name__)
 CONFIG = "pp_fx_config"
@@ -66,7 +67,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     for i, layer in enumerate(layers):
         _check_hooks(i, layer)
     carried = carried_ratios(config, len(layers))
-    structures = find_structures(model, layers)
+    structures, calls = find_structures(model, layers)
+    dense = [run_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
     _warn_dense(model, structures.values(), carried)
     prepared = []
     for i, layer in enumerate(layers):
@@ -83,6 +85,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         for i, (layer, cls, states) in enumerate(prepared):
             done.append(layer)
             install(layer, cls, LayerInfo(i, owner, config, any(s.prunes for s in states.values())), states)
+        compare_layers(layers, calls, dense)
         model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
         holder.__dict__[INFO] = ModelInfo(owner, config, prunes)

@@ -189,6 +189,65 @@ class LeakyFusedBlock(InterleavedBlock):
         return self.r(F.gelu(gate) * up) + both.mean(-1, keepdim=True)
 
 
+class FirstTokenGateBlock(Block):
+    """A fused projection whose gate is the first token's, for all tokens."""
+
+    def build(self):
+        self.both, self.r = nn.Linear(HIDDEN, 2 * CHANNELS), nn.Linear(CHANNELS, HIDDEN)
+
+    def inner(self, x):
+        both = self.both(x)
+        return self.r(both[:, :1, :CHANNELS].sigmoid() * both[..., CHANNELS:])
+
+
+class QueryGateMixer(Mixer):
+    """The query also gates the output."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        self.gate = torch.sigmoid(q.mean((1, 3)))[..., None]
+        return [q, k, v]
+
+    def forward(self, x, mask, cache):
+        return super().forward(x, mask, cache) * self.gate
+
+
+class QueryGateBlock(Block):
+    mixer = QueryGateMixer
+
+
+class FixedHeadsMixer(Mixer):
+    """The number of heads is written out behind the core."""
+
+    def forward(self, x, mask, cache):
+        q, k, v = self.heads(x)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        core = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
+        out = core(self, q, k, v, mask, scaling=WIDTH**-0.5)[0]
+        return self.four(out.reshape(*x.shape[:2], HEADS * WIDTH))
+
+
+class FixedHeadsBlock(Block):
+    mixer = FixedHeadsMixer
+
+
+class InPlaceViewBlock(Block):
+    """Some channels are changed in place, through a view."""
+
+    def inner(self, x):
+        channels = self.p(x).relu()
+        channels[..., :8].mul_(3)
+        return self.r(channels)
+
+
+class OwnIndexBlock(Block):
+    """The layer computes with its own index."""
+
+    def inner(self, x):
+        return self.r(self.p(x).relu()) * (1 + self.mix.layer_idx)
+
+
 class OddModel(PreTrainedModel, GenerationMixin):
     """A causal language model over three blocks of one class."""
 
@@ -229,8 +288,13 @@ DENSE = {
     RolledBlock: "not pointwise",
     ReusedGateBlock: "is also used by slice",
     LeakyFusedBlock: "is also used by mean",
+    FirstTokenGateBlock: "differ in their number of channels",
 }
 """Block -> part of the reason why its MLP is left dense."""
+
+
+REFUSED = [InPlaceViewBlock, OwnIndexBlock]
+"""Blocks that a graph cannot hold."""
 
 
 def odd_model(block):

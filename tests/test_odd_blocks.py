@@ -8,7 +8,7 @@ import torch
 import pp_fx
 from pp_fx.transform import layers_of
 
-from .odd_blocks import DENSE, PRUNABLE, VOCABULARY, odd_model
+from .odd_blocks import DENSE, PRUNABLE, REFUSED, VOCABULARY, FixedHeadsBlock, QueryGateBlock, odd_model
 from .zeroed import PRUNED, assert_equals_zeroed, transformed
 
 
@@ -52,6 +52,30 @@ def test_what_must_not_be_pruned_is_left_dense_with_the_reason(block, ids):
         assert any(DENSE[block] in str(w.message) for w in caught)
         assert all("mlp" not in layer.states() for layer in layers_of(model))
         assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("block", REFUSED)
+def test_a_graph_that_does_not_give_what_the_layer_gives_is_refused(block, ids):
+    model = odd_model(block)
+    with torch.no_grad():
+        dense = model(ids).logits
+        with pytest.raises(pp_fx.errors.UnsupportedModelError, match="does not give what the layer gives"):
+            pp_fx.transform(model, PRUNED)
+        assert not pp_fx.is_transformed(model)
+        assert torch.equal(model(ids).logits, dense)
+
+
+def test_a_query_with_another_use_runs_whole(ids):
+    model = transformed(odd_model(QueryGateBlock), PRUNED)
+    assert layers_of(model)[-1].groups["attention"].inputs == ()
+    assert_equals_zeroed(odd_model(QueryGateBlock), ids, padded=False)
+
+
+def test_a_head_count_written_behind_the_core_leaves_the_attention_dense(ids):
+    model = transformed(odd_model(FixedHeadsBlock), PRUNED)
+    assert set(layers_of(model)[-1].states()) == {"mlp"}
+    assert any("cannot run reshape" in reason for reason in layers_of(model)[-1].reasons)
+    assert_equals_zeroed(odd_model(FixedHeadsBlock), ids, padded=False)
 
 
 def test_a_layer_that_is_used_twice_is_refused(ids):

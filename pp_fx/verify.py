@@ -1,0 +1,70 @@
+"""A last check of every rewritten layer: without pruning it must give what the original layer gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .errors import CaptureError
+from .exported import LAYER
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Of the largest output; 0.02 in the half-precision dtypes."""
+
+
+def run_layer(layer: nn.Module, call: Any) -> list[Tensor]:
+    """A layer on random hidden states, with its recorded arguments and an empty KV cache.
+
+    Returns:
+        Its output [B, T, H] and what it wrote to the cache.
+    """
+    cache = DynamicCache()
+    args, kwargs = pytree.tree_map_only(Cache, lambda _: cache, call)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
+    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device, dtype)
+    args, kwargs = ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
+    with torch.no_grad():
+        output: Any = layer.forward(*args, **kwargs)  # not __call__: the user's hooks must not see it
+    entries: list[Any] = cache.layers
+    written = [t for entry in entries for t in (entry.keys, entry.values) if isinstance(t, Tensor)]
+    return [output if isinstance(output, Tensor) else output[0], *written]
+
+
+def compare_layers(layers: nn.ModuleList, calls: list[Any], expected: list[list[Tensor]]) -> None:
+    """Run the rewritten layers without pruning and compare.
+
+    Raises:
+        CaptureError: a layer gives something else than it did before (it computes with what a graph cannot hold).
+    """
+    infos = [layer.__dict__[LAYER] for layer in layers]
+    before = [info.prunes for info in infos]
+    try:
+        for info in infos:
+            info.prunes = False
+        for i, layer in enumerate(layers):
+            try:
+                got = run_layer(layer, calls[i])
+            except Exception as error:  # whatever a graph that does not fit the layer raises
+                raise CaptureError(f"the captured graph of layer {i} does not run ({error})") from error
+            if len(got) != len(expected[i]) or not all(map(_close, got, expected[i])):
+                raise CaptureError(
+                    f"the captured graph of layer {i} ({type(layer).__name__}) does not give what the layer gives: it "
+                    "depends on something that capture does not see (in-place changes of views, its own index, "
+                    "arguments that differ between layers, ..); this model cannot be transformed"
+                )
+    finally:
+        for info, prunes in zip(infos, before, strict=True):
+            info.prunes = prunes
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    if got.shape != expected.shape:
+        return False
+    scale = float(expected.abs().nan_to_num().max().clamp(min=1e-6))
+    tolerance = _TOLERANCE.get(expected.dtype, 0.02) * scale
+    return torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
