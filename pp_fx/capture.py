@@ -304,6 +304,8 @@ def _capture(
 ) -> fx.Graph:
     """`capture_layer`; the submodules in `whole` stay calls, for `reason`."""
     signature = _signature(layer)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        raise CaptureError(f"{type(layer).__name__}.forward takes *args; a graph needs named arguments")
     var_kwargs = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
     def bind(call):

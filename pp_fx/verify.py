@@ -23,10 +23,11 @@ def run_layer(layer: nn.Module, call: Any) -> list[Tensor]:
         Its output [B, T, H] and what it wrote to the cache.
     """
     cache = DynamicCache()
+    weight = next(p for p in layer.parameters() if p.is_floating_point())
     args, kwargs = pytree.tree_map_only(Cache, lambda _: cache, call)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), (args, kwargs))
     hidden = args[0] if args else kwargs["hidden_states"]
-    dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
-    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device, dtype)
+    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     args, kwargs = ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
     with torch.no_grad():
         output: Any = layer.forward(*args, **kwargs)  # not __call__: the user's hooks must not see it
