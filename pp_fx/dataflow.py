@@ -95,12 +95,12 @@ class Execution:
         self.leaves: dict[fx.Node, Tensor] = {}
 
     def random(self, node: fx.Node) -> Tensor:
-        """A random float64 tensor (zeros for integers) of the node's shape at this batch and length, once per node."""
+        """A random float64 tensor (ones for integers) of the node's shape at this batch and length, once per node."""
         if node not in self.leaves:
             sizes = {self.symbols[0]: self.batch, self.symbols[1]: self.length}
             dims = [d if isinstance(d, int) else sizes.get(str(d), self.length) for d in node.meta["val"].shape]
-            if not node.meta["val"].is_floating_point():  # an index: 0 is valid everywhere
-                self.leaves[node] = torch.zeros(dims, dtype=node.meta["val"].dtype)
+            if not node.meta["val"].is_floating_point():  # an index: 1, because 0 would hide what is multiplied by it
+                self.leaves[node] = torch.ones(dims, dtype=node.meta["val"].dtype)
                 return self.leaves[node]
             self.leaves[node] = torch.rand(dims, generator=self.generator, dtype=torch.float64) + 0.5
         return self.leaves[node]

@@ -279,14 +279,16 @@ class _Finder:
     def _prove_query(self, query: Projection, q: fx.Node, heads: int, width: int) -> None:
         """Running the rows of some heads must give exactly those heads of the full run."""
         run = Execution(self.graph)
-        full = torch.rand(run.batch, run.length, heads, width, dtype=torch.float64, generator=run.generator)
+        uniform = torch.rand(run.batch, run.length, heads, width, dtype=torch.float64, generator=run.generator)
+        for scale in (1.0, 1e3):  # small and large: a clip acts on one of them alone
+            full = (2 * uniform - 1) * scale
 
-        def columns(kept: torch.Tensor) -> torch.Tensor:
-            seeds = {query.node: shaped(full.index_select(2, kept).flatten(2), query.node, width)}
-            (value,) = run.run([q], seeds)
-            return value.transpose(1, 2).flatten(2)
+            def columns(kept: torch.Tensor, full: torch.Tensor = full) -> torch.Tensor:
+                seeds = {query.node: shaped(full.index_select(2, kept).flatten(2), query.node, width)}
+                (value,) = run.run([q], seeds)
+                return value.transpose(1, 2).flatten(2)
 
-        _prove_separable(columns, heads, width, "the way from the query projection to the core")
+            _prove_separable(columns, heads, width, "the way from the query projection to the core")
 
 
 def _is_heads(node: fx.Node, heads: int, width: int) -> bool:
