@@ -216,6 +216,18 @@ class QueryGateBlock(Block):
     mixer = QueryGateMixer
 
 
+class ClippedQueryMixer(Mixer):
+    """All heads of a long query are shortened together."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return [q * (8 / q.norm(dim=(1, 3), keepdim=True)).clamp(max=1), k, v]
+
+
+class ClippedQueryBlock(Block):
+    mixer = ClippedQueryMixer
+
+
 class FixedHeadsMixer(Mixer):
     """The number of heads is written out behind the core."""
 

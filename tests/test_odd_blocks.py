@@ -8,7 +8,16 @@ import torch
 import pp_fx
 from pp_fx.transform import layers_of
 
-from .odd_blocks import DENSE, PRUNABLE, REFUSED, VOCABULARY, FixedHeadsBlock, QueryGateBlock, odd_model
+from .odd_blocks import (
+    DENSE,
+    PRUNABLE,
+    REFUSED,
+    VOCABULARY,
+    ClippedQueryBlock,
+    FixedHeadsBlock,
+    QueryGateBlock,
+    odd_model,
+)
 from .zeroed import PRUNED, assert_equals_zeroed, transformed
 
 
@@ -65,10 +74,11 @@ def test_a_graph_that_does_not_give_what_the_layer_gives_is_refused(block, ids):
         assert torch.equal(model(ids).logits, dense)
 
 
-def test_a_query_with_another_use_runs_whole(ids):
-    model = transformed(odd_model(QueryGateBlock), PRUNED)
+@pytest.mark.parametrize("block", [QueryGateBlock, ClippedQueryBlock])
+def test_a_query_with_another_use_or_mixed_heads_runs_whole(block, ids):
+    model = transformed(odd_model(block), PRUNED)
     assert layers_of(model)[-1].groups["attention"].inputs == ()
-    assert_equals_zeroed(odd_model(QueryGateBlock), ids, padded=False)
+    assert_equals_zeroed(odd_model(block), ids, padded=False)
 
 
 def test_a_head_count_written_behind_the_core_leaves_the_attention_dense(ids):
