@@ -35,7 +35,7 @@ def find_groups(graph: fx.Graph) -> Groups:
         if isinstance(group, MlpGroup):
             narrow, wide = sorted((group, result.mlp or group), key=lambda g: g.units)
             if narrow is not wide:
-                result.reasons.append(f"{narrow.output.module}: the layer has a wider MLP")
+                result.reasons.append(f"{narrow.output.module}: the layer has another MLP, at least as wide")
             result.mlp = wide
         elif isinstance(group, AttentionGroup):
             result.attention = group

@@ -143,6 +143,11 @@ FAMILIES: dict[str, Family] = {
         implementation="eager",
     ),
     "Mixtral": _of("Mixtral", {**_BASE, **_EXPERTS}, mlp="experts stay dense"),
+    "Qwen3-MoE": _of(
+        "Qwen3Moe",
+        {**_BASE, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        mlp="experts stay dense",
+    ),
     "GPT-OSS": _of(
         "GptOss",
         {**_BASE, **_EXPERTS, "head_dim": 16, "sliding_window": 24},
