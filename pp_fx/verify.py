@@ -51,7 +51,9 @@ def compare_layers(layers: nn.ModuleList, calls: list[Any], expected: list[list[
             try:
                 got = run_layer(layer, calls[i])
             except Exception as error:  # whatever a graph that does not fit the layer raises
-                raise CaptureError(f"the captured graph of layer {i} does not run ({error})") from error
+                raise CaptureError(
+                    f"the captured graph of layer {i} does not run ({error}); this model cannot be transformed"
+                ) from error
             if len(got) != len(expected[i]) or not all(map(_close, got, expected[i])):
                 raise CaptureError(
                     f"the captured graph of layer {i} ({type(layer).__name__}) does not give what the layer gives: it "
