@@ -5,7 +5,7 @@ from .base import BlockGraph, Pass, PassResult
 
 
 class InsertCompensation(Pass):
-    """The vector that stands in for the dropped units is added to the output projection."""
+    """What stands in for the dropped units joins the output projection."""
 
     requires = ("kept", "output")
 
@@ -21,6 +21,7 @@ class InsertCompensation(Pass):
                         nodes["probe_state"],
                         nodes["rows"],
                         output.args[2],
+                        block.plan,
                     ),
                     inserted.name("compensation"),
                 )

@@ -108,8 +108,8 @@ def bench(
 
     Returns:
         `dense_ms`, `pruned_ms`, `ratio` (decoder blocks without the LM head, median CPU time; wall time on CUDA),
-        `ideal` (MACs for prefill, bytes read for decode; the probe not counted), `ideal_with_probe`, `wall`
-        and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
+        `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
+        too), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
         `compact_mb`, `peak_memory_mb` of the process.
 
     Raises:
@@ -203,10 +203,10 @@ def _ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, 
     kept = macs.pruned + core * kept_head_share(pruned)
     whole, head = macs.dense + core, head_weight(dense).numel() / length
     return {
-        "blocks": {"ideal": kept / whole, "ideal_with_probe": (kept + macs.probe) / whole},
+        "blocks": {"ideal": kept / whole, "ideal_with_probe": (kept + macs.overhead) / whole},
         "with_head": {
             "ideal": (kept + head) / (whole + head),
-            "ideal_with_probe": (kept + macs.probe + head) / (whole + head),
+            "ideal_with_probe": (kept + macs.overhead + head) / (whole + head),
         },
     }
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .compensation import Compensation
+
 Linear = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
 _ATTRIBUTE = "pp_fx_selections"
@@ -24,9 +26,10 @@ class Selection:
     Attributes:
         kept: int64 [k], the kept channels or heads, ascending.
         columns: int64 [k * width], the input columns of the output projection that they own.
-        compensation: [H] in the weight's dtype, added to the branch's output; None until computed, or without one.
-        former: (changed, compensation) where only the bool scalar `changed` tells, inside a compiled graph, whether
-            this selection or the one before counts; None otherwise.
+        compensation: what stands in for the dropped units; None until computed, or without one. Once `output` holds
+            its correction, the vector alone.
+        former: (changed, selection before) where only the bool scalar `changed` tells, inside a compiled graph,
+            whether this selection or the one before counts; None otherwise.
         version: of the layer's weights that it was made with.
         compacts: whether decode steps read compact weights; the first one gathers them.
         inputs: the kept rows of all input projections, stacked into one linear layer, and how many each has; None
@@ -39,8 +42,8 @@ class Selection:
         self.kept = kept
         self.columns = columns
         self.version = version
-        self.compensation: Tensor | None = None
-        self.former: tuple[Tensor, Tensor | None] | None = None
+        self.compensation: Compensation | None = None
+        self.former: tuple[Tensor, Selection] | None = None
         self.compacts = False
         self.inputs: tuple[Linear, list[int]] | None = None
         self.output: Linear | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, StateError
+from .sketch import Sketch
 from .state import GroupState, states_of
 from .transform import layers_of
 
@@ -52,6 +53,7 @@ def calibrate(
     try:
         for state in states:
             state.mode, state.sums = "calibrate", {}
+            state.sketch = None if state.directions is None else Sketch(len(state.directions))
         count = 0
         for index, batch in enumerate(_track(prepared, progress)):
             inputs = _inputs(model, batch, index)
@@ -65,7 +67,7 @@ def calibrate(
             _commit(state)
     finally:
         for state, mode in zip(states, before, strict=True):
-            state.mode, state.sums = mode, {}
+            state.mode, state.sums, state.sketch = mode, {}, None
     return model
 
 
@@ -161,5 +163,10 @@ def _commit(state: GroupState) -> None:
         else:
             state.energy.copy_(energy)
         state.mean.copy_(state.sums["mean"] / total)
+        if state.directions is not None and state.sketch is not None:
+            found = state.sketch.directions()
+            state.directions.zero_()
+            if found is not None:
+                state.directions[: len(found)].copy_(found)
         state.seen.fill_(1.0)
     state.calibrated = True

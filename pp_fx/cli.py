@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import sys
@@ -22,7 +23,7 @@ from .errors import InputError, PpFxError
 from .evaluate import evaluate
 from .explain import explain
 from .history import history_frozen
-from .macs import count_macs, kept_per_layer
+from .macs import Macs, count_macs, kept_per_layer
 from .models import EMBEDDED, load, load_config
 from .text import PYTHON_DOCS, read, sequences
 from .transform import transform
@@ -201,7 +202,7 @@ def run_eval(
         "tokens": ids.numel(),
         "dense": dense.to_dict(),
         "pruned": {**pruned.to_dict(), "nll_stderr_vs_dense": stderr},
-        "macs": {"dense": macs.dense, "pruned": macs.pruned, "probe": macs.probe},
+        "macs": dataclasses.asdict(macs),
         "kept": kept_per_layer(model),
         "versions": versions(),
     }
@@ -261,13 +262,12 @@ def _report(result: dict[str, Any], json_file: str | None, console: Console) -> 
     for column in ("", "perplexity", "nll", "seconds", "block MACs"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("dense", f"{dense['ppl']:.2f}", f"{dense['nll']:.4f}", f"{dense['seconds']:.2f}", "100%")
-    share, probe = macs["pruned"] / macs["dense"], macs["probe"] / macs["dense"]
     table.add_row(
         "pruned",
         f"{pruned['ppl']:.2f}",
         f"{pruned['nll']:.4f}",
         f"{pruned['seconds']:.2f}",
-        f"{share:.1%} + {probe:.1%} probe",
+        Macs(**macs).summary,
     )
     if json_file != "-":
         console.print(table)

@@ -1,37 +1,140 @@
-"""What stands in for the dropped channels: a vector added to the branch's output, by registry name.
+"""What stands in for the dropped channels, by registry name.
 
-Adding one: write a function and put it into `COMPENSATIONS`.
+Adding one: write a function (output weight [H, C], Known, ridge) -> Compensation and put it into `COMPENSATIONS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-Compensation = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float], Tensor]
+_PROBE_SHARE = 0.5
+"""Share of the probe's variance that counts as correlation; few rows know single variances better than their ties."""
+_TINY = 1e-30
 
 
-def mean(
-    weight: Tensor, dropped: Tensor, history: Tensor | None, probe: Tensor | None, share: Tensor | float
-) -> Tensor:
+class Known(NamedTuple):
+    """What is known of the intermediate state when a selection has been made; statistics are fp32.
+
+    Attributes:
+        kept, dropped: int64 [k] and [C - k], columns of the output projection.
+        mean, variance: [C], of the history, or None without one.
+        directions: [r, C], the history's principal directions: directions.T @ directions is their part of the
+            covariance. None or zeros where there are none.
+        rows: [n, C], the probe's rows, or None without a probe.
+        real: bool [n], which of them count, or None for all.
+        share: of the history against the probe, in [0, 1]; 0 while the history has seen nothing.
+    """
+
+    kept: Tensor
+    dropped: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    directions: Tensor | None
+    rows: Tensor | None
+    real: Tensor | None
+    share: Tensor | float
+
+
+class Compensation(NamedTuple):
+    """Attributes:
+
+    vector: [H] in the weight's dtype, added to the branch's output.
+    correction: [k, H] in the weight's dtype, added to the kept columns of the output projection, or None.
+    """
+
+    vector: Tensor
+    correction: Tensor | None
+
+
+def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
     """The dropped channels' mean output, W @ mu: mu is part history, part probe (FLAP's bias, made dynamic).
 
     Args:
         weight: output projection [H, C].
-        dropped: fp32 [C], 1 for the dropped channels, 0 for the kept ones.
-        history: fp32 [C], running mean of the intermediate state, or None without history.
-        probe: fp32 [C], mean of the probe state over its real rows, or None without a probe. One of the two is given.
-        share: of the history in mu, in [0, 1]; 0 while the history has seen nothing.
-
-    Returns:
-        [H] in the weight's dtype.
+        ridge: not used.
     """
-    if probe is None or history is None:
-        mu = history if probe is None else probe
-    else:
-        mu = share * history + (1 - share) * probe
-    return weight @ (mu * dropped).to(weight.dtype)  # type: ignore[operator]
+    mu = _mean(known)
+    dropped = torch.zeros_like(mu).index_fill(0, known.dropped, 1)
+    return Compensation(weight @ (mu * dropped).to(weight.dtype), None)
 
 
-COMPENSATIONS: dict[str, Compensation] = {"mean": mean}
+def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
+    """The dropped channels' output, predicted from the kept channels by affine least squares (ridge regression).
+
+    With the covariance A = diag(d) + Z.T @ Z of rank n + diagonal, the kept channels S and the dropped P,
+    X = A_SS^-1 @ A_SP @ W_P.T needs no C x C matrix (Woodbury identity):
+
+        X = D^-1 Z_S.T (I + Z_S D^-1 Z_S.T)^-1 Z_P W_P.T,   D = d_S + ridge * mean(d_S),
+
+    one n x n Cholesky solve and n * C * H multiply-accumulates. Output: W_S z + W_P mu_P + X.T (z - mu_S).
+
+    Args:
+        weight: output projection [H, C].
+        ridge: share of the mean of d_S.
+    """
+    mu = _mean(known)
+    factor, diagonal = _covariance(known, mu)
+    kept = diagonal.index_select(0, known.kept)
+    scale = (kept + ridge * kept.mean()).clamp(min=_TINY).rsqrt()
+    # the two wide products in bf16 where the weight is; fp16 could overflow
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    dropped = weight.t().index_select(0, known.dropped).to(dtype)
+    target = (factor.index_select(1, known.dropped).to(dtype) @ dropped).float()
+    kept_factor = factor.index_select(1, known.kept) * scale
+    gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
+    solved = torch.cholesky_solve(target, torch.linalg.cholesky_ex(gram).L)
+    correction = ((kept_factor * scale).t().to(dtype) @ solved.to(dtype)).to(weight.dtype)
+    vector = mean(weight, known, ridge).vector
+    at_mean = mu.index_select(0, known.kept) @ correction.float()
+    return Compensation(vector - at_mean.to(weight.dtype), correction)
+
+
+def _mean(known: Known) -> Tensor:
+    """Mean of the intermediate state, part history, part probe: [C]."""
+    if known.rows is None:
+        return known.mean  # type: ignore[return-value]
+    weights = _row_weights(known)
+    # where, not a product alone: padded rows may hold Inf or NaN
+    rows = known.rows if known.real is None else torch.where(known.real[:, None], known.rows, 0.0)
+    probe = weights @ rows
+    return probe if known.mean is None else known.share * known.mean + (1 - known.share) * probe
+
+
+def _row_weights(known: Known) -> Tensor:
+    """[n], equal for the real rows, their sum 1."""
+    rows: Tensor = known.rows  # type: ignore[assignment]
+    if known.real is None:
+        return rows.new_full((rows.shape[0],), 1 / rows.shape[0])
+    return known.real / known.real.sum().clamp(min=1)
+
+
+def _covariance(known: Known, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance about `mu`, part history, part probe, as (Z [n, C], d [C]): diag(d) + Z.T @ Z."""
+    parts, diagonal = [], torch.zeros_like(mu)
+    share: Tensor | float = known.share if known.rows is not None else 1.0
+    share = torch.as_tensor(share, dtype=mu.dtype, device=mu.device)
+    if known.mean is not None and known.variance is not None:
+        spread = known.variance
+        if known.directions is not None:
+            directions = known.directions.float()
+            spread = (spread - directions.square().sum(0)).clamp(min=0)
+            parts.append(directions * share.sqrt())
+        parts.append(((known.mean - mu) * share.sqrt())[None])
+        diagonal = diagonal + share * spread
+    if known.rows is not None:
+        centred = (known.rows - mu) * ((1 - share) * _row_weights(known)).sqrt()[:, None]
+        if known.real is not None:
+            centred = torch.where(known.real[:, None], centred, 0.0)
+        parts.append(centred * _PROBE_SHARE**0.5)
+        diagonal = diagonal + (1 - _PROBE_SHARE) * centred.square().sum(0)
+    return torch.cat(parts), diagonal
+
+
+COMPENSATIONS: dict[str, Callable[[Tensor, Known, float], Compensation]] = {
+    "mean": mean,
+    "least_squares": least_squares,
+}

@@ -11,6 +11,8 @@ from typing import Any
 from .errors import ConfigError
 
 VERSION = 1
+LARGEST_RATIO = 0.95
+"""Largest share of a layer that may be dropped."""
 _HISTORY_KINDS = ("channel", "position", None)
 _DECODE = ("sticky", "dense", "probe")
 _FIRST_POSITION = ("always", "few", "never")
@@ -32,6 +34,16 @@ def _integer(name: str, value: Any, low: int) -> None:
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def _ratio(name: str, value: Any) -> None:
+    if not isinstance(value, tuple):
+        _number(name, value, 0, 1, high_open=True)
+        return
+    if not value:
+        raise ConfigError(f"{name}=() names no layer; give one ratio for each layer, or a number")
+    for index, one in enumerate(value):
+        _number(f"{name}[{index}]", one, 0, LARGEST_RATIO)
 
 
 def _flag(name: str, value: Any) -> None:
@@ -86,22 +98,28 @@ class ProbePruningConfig:
 
     Args:
         mlp_ratio: share of MLP channels dropped, in [0, 1), mean over all layers: the layers after `skip_layers`
-            carry `mlp_ratio * L / (L - skip_layers)`, which must not exceed 0.95.
+            carry `mlp_ratio * L / (L - skip_layers)`, which must not exceed 0.95. Or a tuple with the ratio of every
+            layer, in [0, 0.95] (see `pp_fx.allocate`).
         attention_ratio: share of query heads dropped, likewise. Keys, values and the KV cache stay whole.
-        skip_layers: the first so many layers stay dense.
+        skip_layers: the first so many layers stay dense where a ratio is one number.
         round_to: kept MLP channels are rounded up to a multiple of it (at most all). Dropped heads are rounded down.
         ratio_digits: round the per-layer ratio to so many digits (the authors: 2); None keeps it exact.
-        probe: which rows run ahead.
+        probe: which rows run ahead; None: none, the units are chosen by the calibrated history alone (static).
         history: keep running statistics per "channel", per "position" and channel, or None (probe alone).
         history_length: rows of the "position" history; later positions share its last row.
         history_rows: the "channel" history is updated from at most so many rows of a batch, evenly spaced.
         momentum: of the history's moving average, in [0, 1].
         freeze_history: never update the history after calibration.
         fusion_epsilon: added to the denominator of the importance-scaled fusion (the authors: 1e-6).
-        score: registry name of the channel score, see `pp_fx.scores`.
+        score: registry name of the channel score, see `pp_fx.methods`.
         mlp_compensation, attention_compensation: registry name of what stands in for the dropped channels, see
             `pp_fx.compensation`, or None.
-        compensation_mix: share of the history (against the probe) in the dropped channels' mean, in [0, 1].
+        compensation_mix: share of the history (against the probe) in the moments that a compensation uses, in [0, 1].
+        compensation_rank: principal directions of the intermediate state that "least_squares" keeps from calibration.
+        compensation_rows: probe rows, at most, that "least_squares" reads.
+        compensation_ridge: share of the mean variance of the kept channels that "least_squares" adds to each of them.
+        compensation_min_tokens: a selection for fewer tokens (B x T) takes "mean" in place of "least_squares", whose
+            cost does not fall with the number of tokens.
         min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
             selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
             (a probe would cost more than its share), else by its probe.
@@ -121,12 +139,12 @@ class ProbePruningConfig:
         pp_fx.errors.ConfigError: a field has a wrong type or value.
     """
 
-    mlp_ratio: float = 0.4
-    attention_ratio: float = 0.0
+    mlp_ratio: float | tuple[float, ...] = 0.4
+    attention_ratio: float | tuple[float, ...] = 0.0
     skip_layers: int = 3
     round_to: int = 16
     ratio_digits: int | None = None
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    probe: ProbeConfig | None = field(default_factory=ProbeConfig)
     history: str | None = "channel"
     history_length: int = 512
     history_rows: int = 256
@@ -134,9 +152,13 @@ class ProbePruningConfig:
     freeze_history: bool = False
     fusion_epsilon: float = 0.0
     score: str = "ppsp"
-    mlp_compensation: str | None = "mean"
+    mlp_compensation: str | None = "least_squares"
     attention_compensation: str | None = None
     compensation_mix: float = 0.5
+    compensation_rank: int = 64
+    compensation_rows: int = 256
+    compensation_ridge: float = 0.1
+    compensation_min_tokens: int = 512
     min_select_tokens: int = 32
     decode: str = "sticky"
     reprobe_every: int = 32
@@ -146,16 +168,16 @@ class ProbePruningConfig:
 
     def __post_init__(self) -> None:
         from .compensation import COMPENSATIONS
-        from .scores import SCORES
+        from .methods import SCORES
 
-        _number("mlp_ratio", self.mlp_ratio, 0, 1, high_open=True)
-        _number("attention_ratio", self.attention_ratio, 0, 1, high_open=True)
+        _ratio("mlp_ratio", self.mlp_ratio)
+        _ratio("attention_ratio", self.attention_ratio)
         _integer("skip_layers", self.skip_layers, 0)
         _integer("round_to", self.round_to, 1)
         if self.ratio_digits is not None:
             _integer("ratio_digits", self.ratio_digits, 1)
-        if not isinstance(self.probe, ProbeConfig):
-            raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...)")
+        if not isinstance(self.probe, ProbeConfig | None):
+            raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
         _choice("history", self.history, _HISTORY_KINDS)
         _integer("history_length", self.history_length, 1)
         _integer("history_rows", self.history_rows, 1)
@@ -166,6 +188,9 @@ class ProbePruningConfig:
         _choice("mlp_compensation", self.mlp_compensation, (*COMPENSATIONS, None))
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)
+        for name in ("compensation_rank", "compensation_rows", "compensation_min_tokens"):
+            _integer(name, getattr(self, name), 1)
+        _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
         _integer("min_select_tokens", self.min_select_tokens, 1)
         _choice("decode", self.decode, _DECODE)
         _integer("reprobe_every", self.reprobe_every, 1)
@@ -183,6 +208,11 @@ class ProbePruningConfig:
                 "history='position' cannot serve re-probes while decoding, whose rows have no position of their own; "
                 "choose history='channel' or None, or decode='sticky' without drift_threshold"
             )
+        if self.probe is None and (self.history is None or self.reprobes):
+            raise ConfigError(
+                "probe=None selects by the history alone, once and for all: it needs history='channel' or 'position', "
+                "and decode='probe' or drift_threshold would have nothing to probe; change one of them"
+            )
         if self.version != VERSION or isinstance(self.version, bool):
             raise ConfigError(f"version={self.version!r} is unknown; this pp_fx reads version {VERSION}")
 
@@ -195,31 +225,29 @@ class ProbePruningConfig:
             attention_ratio: share of attention heads.
             **changes: any other field, for example `round_to=1`.
         """
-        settings: dict[str, Any] = {
-            "mlp_ratio": ratio,
-            "attention_ratio": ratio if attention_ratio is None else attention_ratio,
-            "round_to": 64,
-            "ratio_digits": 2,
-            "probe": ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
-            "history": "position",
-            "fusion_epsilon": 1e-6,
-            "mlp_compensation": None,
-        }
-        return cls(**{**settings, **changes})
+        from .methods import METHODS
 
-    def layer_ratio(self, name: str, layers: int) -> float:
-        """The ratio that each of the layers after `skip_layers` carries.
+        heads = ratio if attention_ratio is None else attention_ratio
+        return METHODS["paper"].config(ratio, heads, **{"round_to": 64, **changes})
+
+    def layer_ratios(self, name: str, layers: int) -> list[float]:
+        """The ratio that each layer carries.
 
         Args:
             name: "mlp_ratio" or "attention_ratio".
             layers: number of decoder layers L.
 
         Raises:
-            ConfigError: more than 0.95 of a layer would be dropped, or no layer is left to prune.
+            ConfigError: more than 0.95 of a layer would be dropped, no layer is left to prune, or a tuple of ratios
+                belongs to another number of layers.
         """
         ratio = getattr(self, name)
+        if isinstance(ratio, tuple):
+            if len(ratio) != layers:
+                raise ConfigError(f"{name} names {len(ratio)} layers, the model has {layers}; give one ratio for each")
+            return list(ratio)
         if ratio == 0:
-            return 0.0
+            return [0.0] * layers
         if self.skip_layers >= layers:
             raise ConfigError(
                 f"skip_layers={self.skip_layers} leaves nothing to prune in a model of {layers} layers; lower it"
@@ -227,12 +255,12 @@ class ProbePruningConfig:
         carried = ratio * layers / (layers - self.skip_layers)
         if self.ratio_digits is not None:
             carried = round(carried, self.ratio_digits)
-        if carried > 0.95:
+        if carried > LARGEST_RATIO:
             raise ConfigError(
                 f"{name}={ratio} with skip_layers={self.skip_layers} drops {carried:.2f} of each of the other "
-                f"{layers - self.skip_layers} layers, more than 0.95; lower {name} or skip_layers"
+                f"{layers - self.skip_layers} layers, more than {LARGEST_RATIO}; lower {name} or skip_layers"
             )
-        return carried
+        return [0.0] * self.skip_layers + [carried] * (layers - self.skip_layers)
 
     @property
     def reprobes(self) -> bool:
@@ -257,7 +285,10 @@ class ProbePruningConfig:
         data = dict(_known(cls, data, "configuration"))
         if "version" in data and data["version"] != VERSION:
             raise ConfigError(f"version={data['version']!r} is unknown; this pp_fx reads version {VERSION}")
-        if "probe" in data and not isinstance(data["probe"], ProbeConfig):
+        for name in ("mlp_ratio", "attention_ratio"):
+            if isinstance(data.get(name), list):  # JSON has no tuples
+                data[name] = tuple(data[name])
+        if data.get("probe") is not None and not isinstance(data["probe"], ProbeConfig):
             data["probe"] = ProbeConfig(**_known(ProbeConfig, data["probe"], "probe"))
         return cls(**data)
 

@@ -62,7 +62,7 @@ class Explanation:
     @property
     def macs(self) -> Macs:
         """Of all decoder blocks, per token."""
-        return sum((layer.macs for layer in self.layers), Macs(0.0, 0.0, 0.0))
+        return sum((layer.macs for layer in self.layers), Macs())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
@@ -73,7 +73,7 @@ class Explanation:
         from rich.table import Table
 
         macs = self.macs
-        title = f"{self.model}: {macs.pruned / macs.dense:.1%} of the block MACs + {macs.probe / macs.dense:.1%} probe"
+        title = f"{self.model}: {macs.summary} of the block MACs"
         table = Table(title=f"{title} at {self.batch} x {self.length}")
         for column in ("layers", "group", "input projections", "output projection", "kept", "dense because"):
             table.add_column(column, overflow="fold")
@@ -142,10 +142,7 @@ def explain(
     reports = []
     for index, layer in enumerate(layers):
         found = structures[structure_key(layer)]
-        kept = {
-            kind: kept_units(group, 0.0 if index < config.skip_layers else ratios[kind], config)
-            for kind, group in found.groups.items()
-        }
+        kept = {kind: kept_units(group, ratios[kind][index], config) for kind, group in found.groups.items()}
         reports.append(_report(index, layer, found.groups, kept, found.reasons, config, batch, length))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
@@ -180,7 +177,7 @@ def _report(
         )
         for kind, group in groups.items()
     )
-    return LayerReport(index, found, tuple(reasons), layer_macs(layer, groups, kept, config.probe, batch, length))
+    return LayerReport(index, found, tuple(reasons), layer_macs(layer, groups, kept, config, batch, length))
 
 
 def _fake_model(config: PreTrainedConfig) -> nn.Module:

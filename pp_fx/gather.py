@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Linear, Selection
+from .compensation import Compensation
 
 Rows = tuple[int, int, int] | Tensor | None
 """Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
@@ -64,22 +65,26 @@ def gather_vector(selection: Selection | None, vector: Tensor) -> Tensor:
 
 
 def gather_columns(
-    selection: Selection | None, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Tensor | None
+    selection: Selection | None, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Compensation | None
 ) -> Tensor:
     """Output projection of the kept units: z [B, T, kept columns], weight [H, C] -> [B, T, H].
 
     The weight of a pruned group is stored transposed in memory, so its columns are contiguous rows there.
-    `compensation` [H] is added like a bias.
+    The compensation's vector is added like a bias, its correction to the kept columns.
     """
     if selection is None:
         return F.linear(z, weight, bias)
     if selection.output is None:
-        kept = weight.t().index_select(0, selection.columns).t()
+        kept = weight.t().index_select(0, selection.columns)
         if compensation is not None:
-            bias = compensation if bias is None else bias + compensation
+            bias = compensation.vector if bias is None else bias + compensation.vector
+            kept = kept if compensation.correction is None else kept + compensation.correction
+        kept = kept.t()
         if not selection.compacts:
             return F.linear(z, kept, bias)
         selection.output = kept, bias
+        if compensation is not None:  # the compact weights have the correction now
+            selection.compensation = Compensation(compensation.vector, None)
     kept, bias = selection.output
     out = F.linear(z, kept)
     return out if bias is None else out + bias  # for few rows cheaper than a bias inside the product

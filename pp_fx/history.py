@@ -104,7 +104,9 @@ def _position_moments(z: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, T
 
 
 def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
-    """Add a calibration batch [B, T, C] to the sums of `calibrate`."""
+    """Add a calibration batch [B, T, C] to the sums and the sketch of `calibrate`."""
+    if state.sketch is not None:
+        state.sketch.add(z.flatten(0, 1), None if real is None else real.flatten())
     z = z.float()
     if real is not None:
         z = torch.where(real.unsqueeze(-1), z, 0.0)

@@ -1,14 +1,14 @@
-"""Multiply-accumulates of the decoder blocks' linear layers, dense and pruned, probe counted apart."""
+"""Multiply-accumulates of the decoder blocks' linear layers, dense and pruned; what is dynamic counted apart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import ProbeConfig
+from .config import ProbePruningConfig
 from .groups import Group
 from .state import states_of
 from .transform import layers_of
@@ -21,20 +21,33 @@ class Macs:
     Attributes:
         dense: every linear layer of every block, whole.
         pruned: the kept rows and columns, without the probe.
-        probe: the probe's share, for the batch and length it was counted for.
+        probe, compensation: what the probe and the dropped channels' compensation add, for the batch and length they
+            were counted for.
     """
 
-    dense: float
-    pruned: float
-    probe: float
+    dense: float = 0.0
+    pruned: float = 0.0
+    probe: float = 0.0
+    compensation: float = 0.0
 
     @property
     def ideal(self) -> float:
         """pruned / dense."""
         return self.pruned / self.dense
 
+    @property
+    def overhead(self) -> float:
+        """All that pruning adds: probe and compensation."""
+        return self.probe + self.compensation
+
+    @property
+    def summary(self) -> str:
+        """Shares of dense in words."""
+        probe, compensation = self.probe / self.dense, self.compensation / self.dense
+        return f"{self.ideal:.1%} + {probe:.1%} probe + {compensation:.1%} compensation"
+
     def __add__(self, other: Macs) -> Macs:
-        return Macs(self.dense + other.dense, self.pruned + other.pruned, self.probe + other.probe)
+        return Macs(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
@@ -45,24 +58,52 @@ def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     """
     layers = layers_of(model)
     kept = [{kind: s.kept_units for kind, s in layer.states().items()} for layer in layers]
-    settings = next((s.config.probe for s in states_of(model)), ProbeConfig())
-    parts = [layer_macs(a, a.groups, k, settings, batch, length) for a, k in zip(layers, kept, strict=True)]
-    return sum(parts, Macs(0.0, 0.0, 0.0))
+    config = next((s.config for s in states_of(model)), ProbePruningConfig())
+    parts = [layer_macs(a, a.groups, k, config, batch, length) for a, k in zip(layers, kept, strict=True)]
+    return sum(parts, Macs())
 
 
 def layer_macs(
-    layer: nn.Module, groups: dict[str, Group], kept: dict[str, int], settings: ProbeConfig, batch: int, length: int
+    layer: nn.Module,
+    groups: dict[str, Group],
+    kept: dict[str, int],
+    config: ProbePruningConfig,
+    batch: int,
+    length: int,
 ) -> Macs:
     """MACs per token of one layer of which `kept[kind]` units of every group run."""
     weights = {n: _macs(layer, p) for n, p in layer.named_parameters() if p.ndim in (2, 3)}
     dense = pruned = float(sum(weights.values()))
-    probe = 0.0
-    share = settings.samples(batch) * settings.positions(length) / (batch * length)
+    probe = compensation = 0.0
+    rows = 0 if config.probe is None else config.probe.samples(batch) * config.probe.positions(length)
     for kind, group in groups.items():
         if kept[kind] < group.units:
             pruned -= sum(weights[path] * (1 - group.kept_share(path, kept[kind])) for path in group.weights)
-            probe += share * sum(weights[path] for path in {p.path for p in group.read})
-    return Macs(dense, pruned, probe)
+            probe += rows * sum(weights[path] for path in {p.path for p in group.read})
+            compensation += _compensation_macs(
+                group, weights[group.output.path], kept[kind], config, rows, batch * length
+            )
+    return Macs(dense, pruned, probe / (batch * length), compensation / (batch * length))
+
+
+def unit_macs(layer: nn.Module, group: Group) -> float:
+    """MACs per token that one unit of a group takes."""
+    weights = dict(layer.named_parameters())
+    return sum(_macs(layer, weights[path]) * (1 - group.kept_share(path, group.units - 1)) for path in group.weights)
+
+
+def _compensation_macs(
+    group: Group, weight: float, kept: int, config: ProbePruningConfig, rows: int, tokens: int
+) -> float:
+    """MACs of one batch for what stands in for the dropped units; `weight` is that of the output projection."""
+    name = config.mlp_compensation if group.kind == "mlp" else config.attention_compensation
+    if name is None:
+        return 0.0
+    if name != "least_squares" or tokens < config.compensation_min_tokens:
+        return weight
+    ranked = 0 if config.history is None else min(config.compensation_rank, group.units * group.width) + 1
+    n = ranked + min(rows, config.compensation_rows)
+    return weight * (1 + n) + n * n * (kept * group.width + weight / (group.units * group.width)) + n**3 / 3
 
 
 def _macs(layer: nn.Module, weight: nn.Parameter) -> float:

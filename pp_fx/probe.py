@@ -56,9 +56,9 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     if not plan.selects or not state.prunes or state.mode == "calibrate":
         return None
     batch, length = source.shape[0], source.shape[1]
-    if state.calibrated and length < state.config.min_select_tokens:
-        return None
     settings = state.config.probe
+    if settings is None or (state.calibrated and length < state.config.min_select_tokens):
+        return None
     norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.float32)
     if real is not None:
         norm = torch.where(real, norm, 0.0)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .cache import Selection
-from .compensation import COMPENSATIONS
+from .compensation import COMPENSATIONS, Compensation, Known
+from .errors import StateError
+from .methods import SCORES, Statistics
 from .plan import store
-from .scores import SCORES
 
 if TYPE_CHECKING:
     from .plan import LayerInfo, Plan
@@ -27,10 +28,13 @@ def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
 
 def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> Tensor | None:
     """Score of every unit from the probe state z [B', T', C]: fp32 [units]; None without a probe."""
-    from .probe import probe_moment
+    from .probe import probe_channel_moment, probe_moment
 
     if z is None or rows is None:
         return None
+    score = SCORES[state.config.score]
+    if score.relative:
+        z = torch.nn.functional.normalize(z.float(), dim=-1)
     p = probe_moment(z, rows, 2)
     if state.energy is not None:
         if state.energy.ndim == 2:
@@ -42,8 +46,12 @@ def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> 
         if rows.real is not None:  # a position without a real probe row says nothing
             fused = torch.where(rows.real.any(0)[:, None], fused, 0.0)
         p = torch.where(state.seen > 0, fused, p)
-    importance = p.sum(0).view(state.units, state.width)
-    return SCORES[state.config.score](importance, state.column_norm)
+    seen = p.shape[0] if rows.real is None else rows.real.any(0).sum().clamp(min=1)
+    mean = probe_channel_moment(z, rows, 1)
+    if state.mean is not None:
+        share = state.config.compensation_mix * state.seen
+        mean = share * state.mean + (1 - share) * mean
+    return score.units(_statistics(state, p.sum(0) / seen, mean))
 
 
 def history_scores(state: GroupState) -> Tensor:
@@ -51,7 +59,12 @@ def history_scores(state: GroupState) -> Tensor:
     energy: Any = state.energy
     if energy.ndim == 2:
         energy = energy.mean(0)
-    return SCORES[state.config.score](energy.view(state.units, state.width), state.column_norm)
+    return SCORES[state.config.score].units(_statistics(state, energy, state.mean))
+
+
+def _statistics(state: GroupState, energy: Tensor, mean: Tensor | None) -> Statistics:
+    shape = state.units, state.width
+    return Statistics(energy.view(shape), mean.view(shape), state.column)  # type: ignore[union-attr]
 
 
 def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: LayerInfo) -> Selection | None:
@@ -68,6 +81,10 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
     if not state.prunes or state.mode == "calibrate":
         return None
     if scores is None:
+        if not state.calibrated:
+            raise StateError(
+                "probe=None chooses by the history, but the model is not calibrated; call pp_fx.calibrate first"
+            )
         scores = history_scores(state)
     old = None if plan.empty is None else plan.stored[state.name]
     selection = _selection(state, _best(state, scores), layer, plan.empty, old)
@@ -87,7 +104,7 @@ def _selection(
         return Selection(kept, state.columns_of(kept), layer.version)
     kept = torch.where(changed, kept, old.kept)
     selection = Selection(kept, state.columns_of(kept), layer.version)
-    selection.former = changed, old.compensation
+    selection.former = changed, old
     return selection
 
 
@@ -110,19 +127,77 @@ def compensate(
     z: Tensor | None,
     rows: ProbeRows | None,
     weight: Tensor,
-) -> Tensor | None:
-    """The vector [H] that stands in for the dropped units; computed with the selection and kept with it."""
-    from .probe import probe_channel_moment
-
+    plan: Plan,
+) -> Compensation | None:
+    """What stands in for the dropped units; computed with the selection and kept with it."""
     if selection is None or selection.output is not None or state.compensation is None:
-        return None  # compact weights have it in their bias
+        return None  # compact weights hold it
     if selection.compensation is None:
-        probe_mean = None if z is None or rows is None else probe_channel_moment(z, rows, 1)
-        dropped = torch.ones(weight.shape[1], device=weight.device).index_fill(0, selection.columns, 0)
-        share = state.config.compensation_mix * state.seen
-        vector = COMPENSATIONS[state.compensation](weight, dropped, state.mean, probe_mean, share)
+        made = _compensation(state, selection, z, rows, weight, plan)
         if selection.former is not None:
-            changed, former = selection.former
-            vector, selection.former = torch.where(changed, vector, former), None  # type: ignore[arg-type]
-        selection.compensation = vector
+            changed, old = selection.former
+            made, selection.former = _choose(changed, made, _held(old, weight)), None
+        selection.compensation = made
     return selection.compensation
+
+
+def _compensation(
+    state: GroupState, selection: Selection, z: Tensor | None, rows: ProbeRows | None, weight: Tensor, plan: Plan
+) -> Compensation:
+    config, name = state.config, state.compensation
+    if name == "least_squares" and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens:
+        name = "mean"
+    sampled = _sample(z, rows, config.compensation_rows) if name == "least_squares" else _all(z, rows)
+    mask = torch.ones(weight.shape[1], device=weight.device).index_fill(0, selection.columns, 0)
+    dropped = mask.topk(weight.shape[1] - selection.columns.shape[0]).indices.sort().values
+    variance, energy = None, state.energy
+    if energy is not None and state.mean is not None:
+        energy = energy.mean(0) if energy.ndim == 2 else energy
+        variance = (energy - state.mean.square()).clamp(min=0)
+    share = config.compensation_mix * state.seen
+    known = Known(selection.columns, dropped, state.mean, variance, state.directions, *sampled, share)
+    return COMPENSATIONS[name](weight, known, config.compensation_ridge)  # type: ignore[index]
+
+
+def _tokens(state: GroupState, plan: Plan) -> int:
+    """Tokens of each sample that the selection is made for: of a re-probe those since the last one."""
+    return plan.shape[1] if plan.selects else state.config.reprobe_every
+
+
+def _all(z: Tensor | None, rows: ProbeRows | None) -> tuple[Tensor | None, Tensor | None]:
+    """All probe rows [n, C] in fp32, and which are real [n]; None without a probe."""
+    if z is None or rows is None:
+        return None, None
+    return z.float().flatten(0, 1), None if rows.real is None else rows.real.flatten()
+
+
+def _sample(z: Tensor | None, rows: ProbeRows | None, limit: int) -> tuple[Tensor | None, Tensor | None]:
+    """At most `limit` evenly spaced probe rows."""
+    if z is None or rows is None:
+        return None, None
+    count = z.shape[0] * z.shape[1]
+    taken = torch.sym_min(count, limit)
+    index = torch.arange(taken, device=z.device) * count // taken
+    real = None if rows.real is None else rows.real.flatten().index_select(0, index)
+    return z.flatten(0, 1).index_select(0, index).float(), real
+
+
+def _held(selection: Selection, weight: Tensor) -> Compensation | None:
+    """The compensation of a selection, whose compact weights may have taken its correction in."""
+    if selection.output is None or selection.compensation is None:
+        return selection.compensation
+    kept = weight.t().index_select(0, selection.columns)
+    return Compensation(selection.compensation.vector, selection.output[0].t() - kept)
+
+
+def _choose(changed: Tensor, new: Compensation, old: Compensation | None) -> Compensation:
+    """`new` where the bool scalar is true, else `old`; without a correction is with one of zeros."""
+    if old is None:
+        return new
+    vector = torch.where(changed, new.vector, old.vector)
+    corrections = [c for c in (new.correction, old.correction) if c is not None]
+    if not corrections:
+        return Compensation(vector, None)
+    nothing = torch.zeros_like(corrections[0])
+    first, second = (nothing if c is None else c for c in (new.correction, old.correction))
+    return Compensation(vector, torch.where(changed, first, second))

@@ -1,4 +1,4 @@
-"""What one group of one layer remembers: its sizes, the output projection's column norms, and the history."""
+"""What one group of one layer remembers: its sizes, a number for each column of the output projection, the history."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import ProbePruningConfig
-
-_NORM_CHUNK = 1024
+from .methods import SCORES
+from .sketch import Sketch
 
 
 class GroupState(nn.Module):
@@ -19,9 +19,11 @@ class GroupState(nn.Module):
     Attributes:
         units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
         kept_units: how many units run; a fixed Python int, so that every shape is static.
-        column_norm: fp32 [units, width], || W[:, j]^2 ||_2.
+        column: fp32 [units, width], what the score precomputes of the output projection.
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
+        directions: bf16 [r, C], principal directions of z from calibration, zeros before; None where no compensation
+            reads them.
         kv_head: int64 [units], the key/value head of every query head; None for channels.
         rows_0, rows_1, ..: int64, where the rows of an input projection lie scattered in a fused weight.
         seen: fp32 scalar, 0 until the first batch or calibration, then 1.
@@ -31,9 +33,10 @@ class GroupState(nn.Module):
         mode: "run", "frozen" (select, but leave the history), "calibrate" (dense, collect statistics).
     """
 
-    column_norm: Tensor
+    column: Tensor
     energy: Tensor | None
     mean: Tensor | None
+    directions: Tensor | None
     seen: Tensor
     kv_head: Tensor | None
 
@@ -59,6 +62,7 @@ class GroupState(nn.Module):
         self.mode = "frozen" if config.freeze_history else "run"
         self.compensation = config.mlp_compensation if name == "mlp" else config.attention_compensation
         self.sums: dict[str, Tensor] = {}
+        self.sketch: Sketch | None = None
         columns = units * width
         device = weight.device
         sizes = {"channel": (columns,), "position": (config.history_length, columns), None: None}[config.history]
@@ -69,9 +73,12 @@ class GroupState(nn.Module):
             self.register_buffer(key, value, persistent=False)
 
         with torch.inference_mode(False):
-            buffer("column_norm", column_norm(weight).view(units, width) if self.prunes else None)
+            buffer("column", self._column(weight) if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
             buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
+            ranked = sizes is not None and self.compensation == "least_squares"
+            rank = min(config.compensation_rank, columns)
+            buffer("directions", torch.zeros(rank, columns, dtype=torch.bfloat16, device=device) if ranked else None)
             buffer("seen", torch.zeros((), device=device) if self.prunes else None)
             buffer("kv_head", None if kv_head is None else torch.tensor(kv_head, device=device))
             for position, part in (rows or {}).items():
@@ -86,7 +93,10 @@ class GroupState(nn.Module):
         """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
         if self.prunes and not weight.is_meta:
             with torch.inference_mode(False):
-                self.column_norm = column_norm(weight).view(self.units, self.width)
+                self.column = self._column(weight)
+
+    def _column(self, weight: Tensor) -> Tensor:
+        return SCORES[self.config.score].column(weight).view(self.units, self.width)
 
     def columns_of(self, kept: Tensor) -> Tensor:
         """Input columns of the output projection that the kept units own: int64 [len(kept) * width]."""
@@ -97,7 +107,7 @@ class GroupState(nn.Module):
     def reset_history(self) -> None:
         """Forget: the next batch starts the history anew."""
         self.calibrated = False
-        for tensor in (self.energy, self.mean, self.seen):
+        for tensor in (self.energy, self.mean, self.directions, self.seen):
             if tensor is not None:
                 tensor.zero_()
 
@@ -110,15 +120,6 @@ class GroupState(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.kept_units} of {self.units} kept"
-
-
-@torch.no_grad()
-def column_norm(weight: Tensor) -> Tensor:
-    """|| W[:, j]^2 ||_2 for every input column j, in fp32, without an fp32 copy of the weight. [H, C] -> [C]."""
-    total = torch.zeros(weight.shape[1], device=weight.device)
-    for rows in weight.detach().split(_NORM_CHUNK):
-        total += rows.float().pow(4).sum(0)
-    return total.sqrt()
 
 
 def states_of(model: nn.Module) -> list[Any]:

@@ -75,8 +75,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         structure = structures[structure_key(layer)]
         states = {}
         for kind, group in structure.groups.items():
-            ratio = 0.0 if i < config.skip_layers else carried[kind]
-            states[kind] = _state(layer, structure, group, kept_units(group, ratio, config), config)
+            states[kind] = _state(layer, structure, group, kept_units(group, carried[kind][i], config), config)
         prepared.append((layer, structure.cls, states))
     _limit_compact(prepared, config)
     owner, holder = next(_owners), model.get_submodule(path.rpartition(".")[0])
@@ -117,9 +116,9 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[str, float]:
-    """Group kind -> the ratio that each layer after `skip_layers` carries."""
-    return {kind: config.layer_ratio(f"{kind}_ratio", layers) for kind in ("mlp", "attention")}
+def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[str, list[float]]:
+    """Group kind -> the ratio that each layer carries."""
+    return {kind: config.layer_ratios(f"{kind}_ratio", layers) for kind in ("mlp", "attention")}
 
 
 def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
@@ -191,12 +190,12 @@ def _check_hooks(index: int, layer: nn.Module) -> None:
             raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
 
 
-def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, float]) -> None:
+def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, list[float]]) -> None:
     adapted = any(hasattr(m, "base_layer") and hasattr(m, "merge") for m in model.modules())
     remedy = "; merge the adapters first (PEFT: model.merge_and_unload())" if adapted else ""
-    for kind, ratio in carried.items():
+    for kind, ratios in carried.items():
         without = [s for s in structures if kind not in s.groups]
-        if ratio > 0 and without:
+        if any(ratios) and without:
             reasons = "; ".join(dict.fromkeys(r for s in without for r in s.reasons))
             warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}{remedy}", stacklevel=3)
 

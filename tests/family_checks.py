@@ -51,6 +51,7 @@ def selects_like_the_paper(name):
         round_to=1,
         history=None,
         attention_compensation="mean",
+        compensation_min_tokens=32,
         probe=pp_fx.ProbeConfig(token_fraction=1.0),
     )
     original, ids = build(name), some_ids(20)  # shorter than any sliding window

@@ -25,9 +25,12 @@ class Settings:
     epsilon: float = 0.0
     momentum: float = 0.99
     mix: float = 0.5
-    bias_mlp: bool = True
-    bias_attention: bool = False
+    compensation_mlp: str | None = "mean"
+    compensation_attention: str | None = None
     history_rows: int = 256
+    compensation_rows: int = 256
+    ridge: float = 0.1
+    min_tokens: int = 512
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Reference:
         self.head_dim = getattr(self.c, "head_dim", None) or self.c.hidden_size // self.c.num_attention_heads
         self.energy: dict = {}
         self.mean: dict = {}
+        self.correction: dict = {}
 
     # ------------------------------------------------------------------ Llama
     def norm(self, x, weight):
@@ -119,7 +123,7 @@ class Reference:
         self.note_gap(score[order], kept)
         return order[:kept].sort().values
 
-    def branch(self, index, kind, layer, residual, real, linear, units, kept, width, bias):
+    def branch(self, index, kind, layer, residual, real, linear, units, kept, width, compensation):
         positions_all = torch.arange(residual.shape[1])
         before = layer.input_layernorm.weight if kind == "attention" else layer.post_attention_layernorm.weight
 
@@ -145,7 +149,11 @@ class Reference:
         if linear.bias is not None:
             out = out + linear.bias
         probe_mean = z[valid].mean(0) if valid.any() else torch.zeros(units * width)
-        if bias:
+        self.correction.pop(key, None)
+        if compensation == "least_squares" and residual.shape[0] * residual.shape[1] >= self.s.min_tokens:
+            self.least_squares(key, z, valid, linear.weight, columns, dropped)
+            out = out + full[..., columns] @ self.correction[key] + self.bias[key]
+        elif compensation is not None:
             mu = probe_mean
             if key in self.mean:
                 mu = self.s.mix * self.mean[key] + (1 - self.s.mix) * probe_mean
@@ -154,11 +162,40 @@ class Reference:
         self.update(key, full, real, columns, z, valid, probe_mean)
         return out
 
+    def least_squares(self, key, z, valid, weight, kept, dropped):
+        """Ridge regression of the dropped channels on the kept ones, with the whole [C, C] covariance."""
+        count = z.shape[0] * z.shape[1]
+        taken = min(count, self.s.compensation_rows)
+        picked = [i * count // taken for i in range(taken)]
+        rows, real = z.flatten(0, 1)[picked], valid.flatten()[picked]
+        rows = rows[real]
+        share = self.s.mix if key in self.mean else 0.0
+        probe_mean = rows.mean(0) if len(rows) else torch.zeros(z.shape[-1])
+        mu = (1 - share) * probe_mean + (share * self.mean[key] if share else 0)
+        cov, own = torch.zeros(z.shape[-1], z.shape[-1]), torch.zeros(z.shape[-1])
+        if len(rows):
+            about = (rows - mu).T @ (rows - mu) / len(rows) * (1 - share)
+            own += about.diagonal() / 2
+            cov += (about + torch.diag(about.diagonal())) / 2
+        if share:
+            energy = self.energy[key].mean(0) if self.energy[key].ndim == 2 else self.energy[key]
+            variance = (energy - self.mean[key] ** 2).clamp(min=0) * share
+            shift = self.mean[key] - mu
+            cov += torch.diag(variance) + share * torch.outer(shift, shift)
+            own += variance
+        ridge = self.s.ridge * own[kept].mean() * torch.eye(len(kept))
+        target = cov[kept][:, dropped] @ weight[:, dropped].T
+        x = torch.linalg.solve((cov[kept][:, kept] + ridge).double(), target.double()).float()
+        self.correction[key] = x
+        self.bias[key] = weight[:, dropped] @ mu[dropped] - mu[kept] @ x
+
     def decode(self, key, full, linear, width):
         """The output with the prompt's selection and bias; positions from `dense_from` on whole."""
         chosen = self.prompt.kept[key]
         columns = (chosen[:, None] * width + torch.arange(width)).flatten()
         out = full[..., columns] @ linear.weight[:, columns].T + self.prompt.bias.get(key, 0)
+        if key in self.correction:
+            out = out + full[..., columns] @ self.correction[key]
         if linear.bias is not None:
             out = out + linear.bias
         if self.dense_from is not None:
@@ -196,9 +233,9 @@ class Reference:
             heads, channels = self.c.num_attention_heads, self.c.intermediate_size
             x = x + self.branch(
                 i, "attention", layer, x, real, layer.self_attn.o_proj, heads, self.s.heads_kept[i],
-                self.head_dim, self.s.bias_attention,
+                self.head_dim, self.s.compensation_attention,
             )  # fmt: skip
             x = x + self.branch(
-                i, "mlp", layer, x, real, layer.mlp.down_proj, channels, self.s.mlp_kept[i], 1, self.s.bias_mlp
+                i, "mlp", layer, x, real, layer.mlp.down_proj, channels, self.s.mlp_kept[i], 1, self.s.compensation_mlp
             )
         return Result(self.m.lm_head(self.norm(x, self.m.model.norm.weight)), self.kept, self.bias, self.gap)

@@ -51,10 +51,10 @@ def test_bad_json_is_refused(data):
 
 
 def test_layer_ratio_is_the_mean_over_all_layers():
-    assert ProbePruningConfig(mlp_ratio=0.4).layer_ratio("mlp_ratio", 30) == pytest.approx(0.4 * 30 / 27)
-    assert ProbePruningConfig.paper(0.4).layer_ratio("mlp_ratio", 30) == 0.44
+    assert ProbePruningConfig(mlp_ratio=0.4).layer_ratios("mlp_ratio", 30)[3:] == pytest.approx([0.4 * 30 / 27] * 27)
+    assert ProbePruningConfig.paper(0.4).layer_ratios("mlp_ratio", 30) == [0.0] * 3 + [0.44] * 27
     with pytest.raises(ConfigError, match=r"0\.95"):
-        ProbePruningConfig(mlp_ratio=0.9).layer_ratio("mlp_ratio", 12)
+        ProbePruningConfig(mlp_ratio=0.9).layer_ratios("mlp_ratio", 12)
 
 
 @pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 2), (64, 2), (81, 3), (512, 13), (1000, 25), (1001, 26)])

@@ -27,6 +27,7 @@ def generations(draw):
         skip_layers=draw(st.sampled_from([0, 1])),
         round_to=1,
         attention_compensation=draw(st.sampled_from(["mean", None])),
+        compensation_min_tokens=draw(st.sampled_from([1, 512])),
         decode=draw(st.sampled_from(["sticky", "dense"])),
         compact_megabytes=draw(st.sampled_from([None, 0])),
     )

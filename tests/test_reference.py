@@ -34,7 +34,8 @@ def reference_for(model, config):
         Settings(
             mlp, heads, p.token_fraction, p.sample_fraction, p.min_positions, p.first_position, config.history,
             config.history_length, config.fusion_epsilon, config.momentum, config.compensation_mix,
-            config.mlp_compensation == "mean", config.attention_compensation == "mean", config.history_rows,
+            config.mlp_compensation, config.attention_compensation, config.history_rows,
+            config.compensation_rows, config.compensation_ridge, config.compensation_min_tokens,
         ),
     )  # fmt: skip
 
@@ -57,8 +58,10 @@ def cases(draw):
         history=draw(st.sampled_from(["channel", None])),
         history_rows=draw(st.sampled_from([16, 256])),
         fusion_epsilon=draw(st.sampled_from([0.0, 1e-6])),
-        mlp_compensation=draw(st.sampled_from(["mean", None])),
-        attention_compensation=draw(st.sampled_from(["mean", None])),
+        mlp_compensation=draw(st.sampled_from(["mean", "least_squares", None])),
+        attention_compensation=draw(st.sampled_from(["mean", "least_squares", None])),
+        compensation_rows=draw(st.sampled_from([7, 256])),
+        compensation_min_tokens=draw(st.sampled_from([1, 80])),
     )
     mask = torch.ones(batch, length, dtype=torch.long)
     side = draw(st.sampled_from(["none", "left", "right"]))

@@ -11,7 +11,12 @@ from pp_fx.cache import selections_on
 from pp_fx.transform import layers_of
 
 PRUNED = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, attention_compensation="mean"
+    mlp_ratio=0.4,
+    attention_ratio=0.4,
+    skip_layers=1,
+    round_to=1,
+    attention_compensation="mean",
+    compensation_min_tokens=64,
 )
 
 
@@ -35,10 +40,10 @@ def assert_equals_zeroed(original, ids, padded):
     following = ids.flip(1)[:, :4]
     with torch.no_grad(), pp_fx.history_frozen(model):
         got = [model(ids, past_key_values=cache, **inputs).logits]
+        chosen = copy.deepcopy(selections_on(cache).layers)  # decoding moves the corrections into compact weights
         if padded:
             inputs = {"attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(following)], 1)}
         got.append(model(following, past_key_values=cache, **inputs).logits)
-    chosen = selections_on(cache).layers
     assert sorted(chosen) == [1, 2]  # the first layer is skipped
     zero_channels(original, layers_of(model), chosen)
     cache = DynamicCache(config=model.config)
@@ -68,5 +73,12 @@ def zero_channels(original, rewritten, chosen):
             mask[selection.columns] = 1
             projection = output_projection(original, rewritten, index, kind)
             projection.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask, *args[1:]))
-            vector = selection.compensation
-            projection.register_forward_hook(lambda m, args, out, vector=vector: out + vector)
+            made, columns = selection.compensation, selection.columns
+            projection.register_forward_hook(
+                lambda m, args, out, made=made, columns=columns: _compensated(out, args[0], made, columns)
+            )
+
+
+def _compensated(out, z, made, columns):
+    corrected = 0 if made.correction is None else z[..., columns] @ made.correction
+    return out + corrected + made.vector

@@ -1,0 +1,50 @@
+"""Probe Pruning (Le et al., ICLR 2025, https://arxiv.org/abs/2502.15618): our default, and the authors' settings."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config import ProbeConfig
+from .method import Method
+from .score import SCORES, Score, Statistics, column_sum
+
+
+def _column(weight: Tensor) -> Tensor:
+    """|| W[:, j]^2 ||_2."""
+    return column_sum(weight, 4).sqrt()
+
+
+def _units(given: Statistics) -> Tensor:
+    """PPsp in closed form (section 3.2).
+
+    The paper's || c_j * W[:, j]^2 ||_2 equals c_j * || W[:, j]^2 ||_2, because c_j >= 0 is one number per channel;
+    a head's score is the Frobenius norm over its channels.
+    """
+    return (given.energy * given.column).norm(dim=-1)
+
+
+SCORES["ppsp"] = Score(_column, _units)
+_PAPER = "https://arxiv.org/abs/2502.15618"
+default = Method("default", "probe of all samples, history per channel, least-squares compensation", _PAPER)
+paper = Method(
+    "paper",
+    "the authors' settings (section 4, and their published code)",
+    _PAPER,
+    {
+        "ratio_digits": 2,
+        "probe": ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
+        "history": "position",
+        "fusion_epsilon": 1e-6,
+        "mlp_compensation": None,
+    },
+)
+full_batch = Method(
+    "full_batch",
+    "every row is its own probe (the paper's upper reference; it costs the whole input projections)",
+    _PAPER,
+    {
+        "probe": ProbeConfig(token_fraction=1.0, sample_fraction=1.0),
+        "history": None,
+        "mlp_compensation": None,
+    },
+)
