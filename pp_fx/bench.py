@@ -109,8 +109,8 @@ def bench(
     Returns:
         `dense_ms`, `pruned_ms`, `ratio` (decoder blocks without the LM head, median CPU time; wall time on CUDA),
         `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
-        too), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
-        `compact_mb`, `peak_memory_mb` of the process.
+        too), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact
+        weights), `compact_mb`, `peak_memory_mb` of the process.
 
     Raises:
         InputError: the ids, the phase or a number cannot be used.
@@ -176,6 +176,18 @@ def _prefill(sides: dict[str, _Side], ids: Tensor, repeats: Any) -> dict[str, An
                 side.with_head.forget()
             side.step(input_ids=ids, use_cache=False)
     return {}
+
+
+def time_prefill(dense: nn.Module, pruned: nn.Module, ids: Tensor, repeats: int) -> float:
+    """Time of the decoder blocks of `pruned` over that of `dense`: medians of interleaved prefills of ids [B, T].
+
+    CPU time of the calling thread with one thread, wall time on CUDA; history as the caller left it.
+    """
+    sides = {"dense": _Side(dense, False), "pruned": _Side(pruned, False)}
+    gate = "wall" if ids.is_cuda else "cpu"
+    with _threads(1):
+        _prefill(sides, ids, range(_WARM_UP + repeats))
+    return sides["pruned"].blocks.median(gate) / sides["dense"].blocks.median(gate)
 
 
 def _decode(sides: dict[str, _Side], ids: Tensor, new_tokens: int, compiled: bool, progress: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, StateError
+from .progress import track
 from .sketch import Sketch
 from .state import GroupState, states_of
 from .transform import layers_of
@@ -55,7 +56,7 @@ def calibrate(
             state.mode, state.sums = "calibrate", {}
             state.sketch = None if state.directions is None else Sketch(len(state.directions))
         count = 0
-        for index, batch in enumerate(_track(prepared, progress)):
+        for index, batch in enumerate(track(prepared, "calibrate", progress)):
             inputs = _inputs(model, batch, index)
             with torch.no_grad():
                 model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
@@ -69,16 +70,6 @@ def calibrate(
         for state, mode in zip(states, before, strict=True):
             state.mode, state.sums, state.sketch = mode, {}, None
     return model
-
-
-def _track(batches: Any, progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(batches) if hasattr(batches, "__len__") else None
-    return track(batches, "calibrate", total=total, console=Console(stderr=True), transient=True)
 
 
 def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:

@@ -18,12 +18,14 @@ from rich.table import Table
 from . import __version__
 from .bench import bench
 from .calibrate import calibrate
+from .compare import compare, plot, table
 from .config import ProbePruningConfig
 from .errors import InputError, PpFxError
 from .evaluate import evaluate
 from .explain import explain
 from .history import history_frozen
 from .macs import Macs, count_macs, kept_per_layer
+from .methods import METHODS
 from .models import EMBEDDED, load, load_config
 from .text import PYTHON_DOCS, read, sequences
 from .transform import transform
@@ -164,6 +166,46 @@ def explain_command(
     _write(found.to_dict(), json_file)
     if json_file != "-":
         console.print(found.table())
+
+
+@app.command("compare")
+def compare_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
+    calibration: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
+    methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; all.")] = "all",
+    ratios: Annotated[str, typer.Option(help="Comma-separated shares of MLP channels dropped.")] = "0.2,0.4",
+    attention_ratio: Annotated[float, typer.Option(help="Share of query heads dropped, in all rows.")] = 0.0,
+    sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
+    length: Length = 512,
+    batch: Batch = 20,
+    dtype: Dtype = "bfloat16",
+    round_to: Annotated[int, typer.Option(help="Kept MLP channels are rounded up to a multiple of it.")] = 16,
+    time_batch: Annotated[int, typer.Option(help="Sequences of the timed forward passes; 0: no timing.")] = 4,
+    json_file: Json = None,
+    plot_file: Annotated[str | None, typer.Option("--plot", help="Write the plot as PNG to FILE.")] = None,
+) -> None:
+    """Pruning methods side by side: perplexity with paired standard errors, MACs, time, perplexity per time saved."""
+    console = _console(json_file)
+    names = tuple(METHODS) if methods == "all" else tuple(m.strip() for m in methods.split(","))
+    try:
+        shares = tuple(float(r) for r in ratios.split(","))
+    except ValueError:
+        raise InputError(f"ratios={ratios!r} is not a list of numbers; give for example 0.2,0.4") from None
+    texts = read(text), read(calibration)
+    loaded, tokenizer = load(model, _dtype(dtype))
+    ids, sample = sequences(texts[0], tokenizer, sequence_count, length), sequences(texts[1], tokenizer, *_CALIBRATION)
+    result = compare(
+        loaded, ids, sample, methods=names, ratios=shares, attention_ratio=attention_ratio, batch=batch,
+        time_batch=time_batch, changes={"round_to": round_to}, progress=json_file != "-",
+    )  # fmt: skip
+    title = f"{model}, {ids.shape[0]} x {length} tokens"
+    result = {"model": model, **result, "versions": versions()}
+    _write(result, json_file)
+    if plot_file is not None:
+        plot(result, title, Path(plot_file))
+    if json_file != "-":
+        console.print(table(result, title))
 
 
 def run_eval(

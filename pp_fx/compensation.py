@@ -97,10 +97,10 @@ def _mean(known: Known) -> Tensor:
     """Mean of the intermediate state, part history, part probe: [C]."""
     if known.rows is None:
         return known.mean  # type: ignore[return-value]
-    weights = _row_weights(known)
-    # where, not a product alone: padded rows may hold Inf or NaN
-    rows = known.rows if known.real is None else torch.where(known.real[:, None], known.rows, 0.0)
-    probe = weights @ rows
+    if known.real is None:
+        probe = known.rows.mean(0)
+    else:  # where, not a product: padded rows may hold Inf or NaN
+        probe = torch.where(known.real[:, None], known.rows, 0.0).sum(0) / known.real.sum().clamp(min=1)
     return probe if known.mean is None else known.share * known.mean + (1 - known.share) * probe
 
 

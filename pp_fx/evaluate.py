@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .calibrate import check_token_ids
 from .errors import InputError
+from .progress import track
 
 _LOSS_CHUNK = 2
 
@@ -71,12 +72,7 @@ def evaluate(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     losses, seconds = [], 0.0
     parts: Any = ids.split(batch)
-    if progress is not None:
-        from rich.console import Console
-        from rich.progress import track
-
-        parts = track(parts, progress, console=Console(stderr=True), transient=True)
-    for part in parts:
+    for part in track(parts, progress or "", progress is not None):
         part = part.to(device)
         start = time.perf_counter()
         logits = (forward or model)(input_ids=part, use_cache=False).logits
@@ -115,12 +111,7 @@ def evaluate_decoding(
     out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
     losses, seconds = [F.cross_entropy(out.logits[:, -1].float(), continuation[:, 0], reduction="none")], 0.0
     steps: Any = range(continuation.shape[1] - 1)
-    if progress is not None:
-        from rich.console import Console
-        from rich.progress import track
-
-        steps = track(steps, progress, console=Console(stderr=True), transient=True)
-    for i in steps:
+    for i in track(steps, progress or "", progress is not None):
         start = time.perf_counter()
         out = model(input_ids=continuation[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
         seconds += time.perf_counter() - start

@@ -90,6 +90,7 @@ class Reference:
         self.note_gap(by_position[order], count)
         picked = order[:count]
         if 0 not in picked and (self.s.first == "always" or (self.s.first == "few" and count <= 10)):
+            self.note_gap(by_position[order], count - 1)  # the lowest pick gives way: which one is it
             picked[-1] = 0
         picked = sorted(picked)
         samples = min(batch, max(1, math.ceil(round(self.s.sample_fraction * batch, 9))))
@@ -99,7 +100,7 @@ class Reference:
         return torch.tensor(picked), torch.tensor(sorted(order[:samples]))
 
     def note_gap(self, ordered, count):
-        if count < len(ordered):
+        if 0 < count < len(ordered):
             best, next_best = ordered[count - 1].item(), ordered[count].item()
             self.gap = min(self.gap, (best - next_best) / max(best, 1e-30))
 
@@ -183,7 +184,9 @@ class Reference:
             shift = self.mean[key] - mu
             cov += torch.diag(variance) + share * torch.outer(shift, shift)
             own += variance
-        ridge = self.s.ridge * own[kept].mean() * torch.eye(len(kept))
+        if own[kept].mean() <= 1e-5 * cov.diagonal()[kept].mean():
+            self.gap = 0.0  # nothing but rounding on the diagonal: the solution is noise
+        ridge = (self.s.ridge * own[kept].mean() + 1e-30) * torch.eye(len(kept))
         target = cov[kept][:, dropped] @ weight[:, dropped].T
         x = torch.linalg.solve((cov[kept][:, kept] + ridge).double(), target.double()).float()
         self.correction[key] = x

@@ -1,0 +1,147 @@
+"""`allocate`: spend a budget of multiply-accumulates where the measured loss for each of them is lowest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import calibrate, check_token_ids
+from .config import LARGEST_RATIO, ProbePruningConfig
+from .errors import ConfigError, InputError, StateError
+from .evaluate import evaluate
+from .history import history_frozen
+from .macs import count_macs, unit_macs
+from .progress import track
+from .state import GroupState
+from .transform import is_transformed, layers_of, restore, transform
+
+_GRID = (0.2, 0.4, 0.6, 0.8)
+"""Ratios at which the loss of every group is measured; between them it is interpolated."""
+_STEPS = 200
+
+
+def allocate(
+    model: nn.Module,
+    mac_reduction: float,
+    batches: Tensor,
+    *,
+    config: ProbePruningConfig | None = None,
+    kinds: tuple[str, ...] = ("mlp", "attention"),
+    held_out: int = 4,
+    strength: float = 0.5,
+    progress: bool = True,
+) -> ProbePruningConfig:
+    """Choose the ratio of every layer's MLP and attention from calibration text alone.
+
+    Every group (the MLP or the query heads of one layer) is pruned alone, at four ratios, and the loss of the held-out
+    calibration sequences is measured. The budget then goes, in small steps, where the interpolated loss grows least
+    for each MAC saved. Losses of single groups do not add up exactly, so the result is drawn half way towards equal
+    ratios of the groups that it uses.
+
+    Args:
+        model: an untransformed causal language model in eval mode. It is transformed while this runs and restored.
+        mac_reduction: share of the decoder blocks' MACs to save, in (0, 1); probe and compensation not counted.
+        batches: int64 [N, T], calibration token ids; the last `held_out` sequences measure, the others calibrate.
+        config: everything but the ratios.
+        kinds: which branches may be pruned, of "mlp" and "attention".
+        held_out: sequences that measure the loss.
+        strength: 1 takes the measured allocation as it is, 0 equal ratios; between them a mixture.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `config` with a tuple of ratios for `mlp_ratio` and `attention_ratio`. Kept counts are static, as always.
+
+    Raises:
+        InputError: an argument cannot be used, or the model has too little to prune for `mac_reduction`.
+        StateError: the model is transformed already.
+    """
+    if is_transformed(model):
+        raise StateError("model is already transformed; call pp_fx.restore(model) first")
+    if not isinstance(batches, Tensor):
+        raise InputError(f"batches={type(batches).__name__} is no tensor; give token ids [N, T]")
+    check_token_ids(model, batches, "batches")
+    for name, value in (("mac_reduction", mac_reduction), ("strength", strength)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"{name}={value!r} is not valid; give a number in [0, 1]")
+    if not kinds or set(kinds) - {"mlp", "attention"}:
+        raise InputError(f"kinds={kinds!r} is not valid; give 'mlp', 'attention' or both")
+    if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(batches):
+        raise InputError(f"held_out={held_out!r} is not valid; give an integer from 1 to {len(batches) - 1}")
+    config = config or ProbePruningConfig()
+    probing = dataclasses.replace(
+        config, mlp_ratio=float("mlp" in kinds) * 0.5, attention_ratio=float("attention" in kinds) * 0.5
+    )
+    transform(model, probing)
+    try:
+        calibrate(model, batches[:-held_out], progress=progress)
+        layers = layers_of(model)
+        groups = [
+            (i, kind, state, unit_macs(layer, layer.groups[kind]) * state.units)
+            for i, layer in enumerate(layers)
+            for kind, state in layer.states().items()
+            if state.prunes
+        ]
+        losses = _losses(model, [state for _, _, state, _ in groups], batches[-held_out:], progress)
+        dense = count_macs(model, *batches.shape).dense
+    finally:
+        restore(model)
+    budget = mac_reduction * dense
+    sizes = [size for *_, size in groups]
+    if budget > LARGEST_RATIO * sum(sizes):
+        most = LARGEST_RATIO * sum(sizes) / dense
+        raise InputError(f"mac_reduction={mac_reduction} is more than the model's groups hold; give at most {most:.2f}")
+    found = _spend(losses, sizes, budget)
+    used = sum(s for s, r in zip(sizes, found, strict=True) if r > 0)
+    equal = [budget / used if r > 0 else 0.0 for r in found]
+    if max(equal, default=0.0) > LARGEST_RATIO:
+        equal = found
+    ratios = {"mlp": [0.0] * len(layers), "attention": [0.0] * len(layers)}
+    for (i, kind, _, _), measured, even in zip(groups, found, equal, strict=True):
+        ratios[kind][i] = strength * measured + (1 - strength) * even
+    return dataclasses.replace(config, mlp_ratio=tuple(ratios["mlp"]), attention_ratio=tuple(ratios["attention"]))
+
+
+def _losses(model: Any, states: list[GroupState], ids: Tensor, progress: bool) -> list[list[float]]:
+    """For every group the growth of the loss at the ratios of the grid, the other groups dense; 0 at ratio 0."""
+    kept = [s.kept_units for s in states]
+    losses: list[list[float]] = []
+    try:
+        for state in states:
+            state.kept_units = state.units
+        with history_frozen(model):
+            base = evaluate(model, ids, len(ids)).nll
+            for state in track(states, "allocate", progress):
+                row = [0.0]
+                for ratio in _GRID:
+                    state.kept_units = max(1, state.units - round(ratio * state.units))
+                    row.append(evaluate(model, ids, len(ids)).nll - base)
+                state.kept_units = state.units
+                losses.append(row)
+    finally:
+        for state, count in zip(states, kept, strict=True):
+            state.kept_units = count
+    return losses
+
+
+def _spend(losses: list[list[float]], sizes: list[float], budget: float) -> list[float]:
+    """Ratio of every group: steps of equal MACs, each to the group whose loss grows least by it."""
+    grid = (0.0, *_GRID)
+    # a convex, growing curve: what is cheap only after something dear is not cheap
+    slopes = []
+    for row in losses:
+        steps = [(b - a) / (r - q) for a, b, q, r in zip(row, row[1:], grid, grid[1:], strict=False)]
+        slopes.append(torch.tensor(steps).clamp(min=0).cummax(0).values.tolist())
+    ratios, step = [0.0] * len(sizes), budget / _STEPS
+    for _ in range(_STEPS):
+        costs = []
+        for ratio, size, slope in zip(ratios, sizes, slopes, strict=True):
+            piece = min(int(ratio / _GRID[0] + 1e-9), len(slope) - 1)
+            costs.append(slope[piece] / size if ratio + step / size <= LARGEST_RATIO else float("inf"))
+        best = min(range(len(costs)), key=costs.__getitem__)
+        if costs[best] == float("inf"):
+            raise ConfigError("the budget cannot be spent in steps; lower mac_reduction")
+        ratios[best] += step / sizes[best]
+    return ratios
