@@ -28,7 +28,9 @@ from pp_fx.text import PYTHON_DOCS, read, sequences
 CONFIGS = {
     "default, MLP 20%": pp_fx.ProbePruningConfig(mlp_ratio=0.2),
     "default, MLP 40%": pp_fx.ProbePruningConfig(),
+    "default, MLP 41.5% (total MACs of the next row)": pp_fx.ProbePruningConfig(mlp_ratio=0.415),
     "paper preset, MLP 40%": pp_fx.ProbePruningConfig.paper(0.4, 0.0, round_to=1),
+    "default, MLP 48.5% (total MACs of the next row)": pp_fx.ProbePruningConfig(mlp_ratio=0.485),
     "paper preset, MLP and attention 40%": pp_fx.ProbePruningConfig.paper(0.4, round_to=1),
 }
 
@@ -58,7 +60,11 @@ def main() -> None:
             found = evaluate(model, test, 20, progress=f"{label}, {name}")
             row[name] = {"ppl": found.ppl, "nll": found.nll, "nll_stderr_vs_dense": found.stderr_vs(dense)}
             macs = count_macs(model, *test.shape)
-            row["macs"] = {"pruned": macs.ideal, "probe": macs.probe / macs.dense}
+            row["macs"] = {
+                "pruned": macs.ideal,
+                "probe": macs.probe / macs.dense,
+                "compensation": macs.compensation / macs.dense,
+            }
             pp_fx.restore(model)
         rows.append(row)
     write_json(
@@ -81,7 +87,7 @@ def main() -> None:
     for column in ("", "block MACs", *samples):
         table.add_column(column)
     for r in rows:
-        share = f"{r['macs']['pruned']:.1%} + {r['macs']['probe']:.1%}"
+        share = " + ".join(f"{value:.1%}" for value in r["macs"].values())
         table.add_row(r["label"], share, *(f"{r[n]['ppl']:.2f}" for n in samples))
     console.print(table)
 

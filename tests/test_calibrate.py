@@ -60,10 +60,26 @@ def test_every_kind_of_batches_gives_the_same_history(llama, ids):
     results = []
     for kind in kinds:
         pp_fx.calibrate(llama, kind, progress=False)
+        for state in states_of(llama):
+            if state.directions is not None:  # their signs and order may differ, the covariance that they give not
+                directions = state.directions.float()
+                state.directions = directions.t() @ directions
         results.append(snapshot(llama))
+        for state in states_of(llama):
+            if state.directions is not None:
+                state.directions = torch.zeros(64, state.units * state.width)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+            # directions are kept in bf16
+            torch.testing.assert_close(
+                a,
+                b,
+                **(
+                    {"atol": 2e-2, "rtol": 2e-2}
+                    if a.ndim == 2 and a.shape[0] == a.shape[1]
+                    else {"atol": 1e-6, "rtol": 1e-4}
+                ),
+            )
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,13 @@ def test_one_graph_for_all_batches_of_a_shape(llama, name, padded):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dynamic_shapes_recompile_at_most_once(llama, name):
+def test_dynamic_shapes_recompile_at_most_twice(llama, name):
+    """Once for dynamic shapes, and once where a batch is large enough for the least-squares compensation."""
     compiled = torch.compile(pp_fx.transform(llama, CONFIGS[name]), fullgraph=True, backend="eager", dynamic=True)
     for seed, (size, length) in enumerate([(3, 40), (4, 48), (2, 56), (5, 64), (2, 300)]):
         with torch.no_grad():
             compiled(batch(seed, size, length), use_cache=False)
-    assert counters["stats"]["unique_graphs"] <= 2
+    assert counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
 
 
