@@ -32,7 +32,8 @@ def test_directions_match_the_eigenvectors_of_the_correlation(masked):
     best = (vectors[:, -6:] * values[-6:]) @ vectors[:, -6:].T
     found = sketch.directions().double() / deviation
     assert found.shape == (6, 40)
-    assert (found.T @ found - best).norm() < 0.02 * best.norm()
+    assert (found.T @ found - best).norm() < 0.1 * best.norm()  # between batches 12 directions survive, not all
+    assert 0.98 * values[-6:].sum() < found.square().sum() < 1.001 * values[-6:].sum()
 
 
 def test_nothing_seen_gives_no_directions():

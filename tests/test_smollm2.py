@@ -64,8 +64,8 @@ def test_default_configuration_costs_little(smollm2):
 @pytest.mark.parametrize(
     ("config", "calibration", "low", "high"),
     [
-        (pp_fx.ProbePruningConfig(), "valid", 49, 52.5),
-        (pp_fx.ProbePruningConfig(), "python-docs", 53, 58),
+        (pp_fx.ProbePruningConfig(), "valid", 45, 48.5),
+        (pp_fx.ProbePruningConfig(), "python-docs", 49, 54),
         (pp_fx.ProbePruningConfig.paper(0.4, 0.0, round_to=1), "valid", 59.6 * 0.95, 59.6 * 1.05),
         (pp_fx.ProbePruningConfig.paper(0.4, round_to=1), "valid", 80.6 * 0.95, 80.6 * 1.05),
     ],
