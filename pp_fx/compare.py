@@ -149,6 +149,8 @@ def plot(result: dict[str, Any], title: str, file: Path) -> None:
         axes.plot([r["macs"]["total"] for r in rows], [r["ppl"] for r in rows], marker="o", label=name)
     axes.axhline(result["dense"]["ppl"], color="gray", linestyle="--", label="dense")
     axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
     axes.set_xlabel("block MACs, probe and compensation included (dense = 1)")
     axes.set_ylabel("perplexity")
     axes.set_title(title)
