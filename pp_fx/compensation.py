@@ -63,6 +63,12 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
 
 
 def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
+    """`_least_squares` outside of autocast, whose bf16 products would spoil the Cholesky factor."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return _least_squares(weight, known, ridge)
+
+
+def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     """The dropped channels' output, predicted from the kept channels by affine least squares (ridge regression).
 
     With the covariance A = diag(d) + Z.T @ Z of rank n + diagonal, the kept channels S and the dropped P,
