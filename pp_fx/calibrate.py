@@ -58,7 +58,8 @@ def calibrate(
         count = 0
         for index, batch in enumerate(track(prepared, "calibrate", progress)):
             inputs = _inputs(model, batch, index)
-            with torch.no_grad():
+            # statistics are gathered in Python, so a compiled forward runs uncompiled here
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
             _check_finite(states, index)
             count += 1

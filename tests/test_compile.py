@@ -61,6 +61,16 @@ def test_dynamic_shapes_recompile_at_most_twice(llama, name):
     assert not counters["graph_break"]
 
 
+def test_calibrate_of_a_compiled_forward_gives_the_same_history(llama):
+    other = pp_fx.transform(copy.deepcopy(llama), CONFIGS["default"])
+    pp_fx.transform(llama, CONFIGS["default"])
+    llama.forward = torch.compile(llama.forward, fullgraph=True, backend="eager")
+    for model in (llama, other):
+        pp_fx.calibrate(model, batch(0), progress=False)
+    for a, b in zip(states_of(llama), states_of(other), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers(), strict=True))
+
+
 @pytest.mark.slow
 def test_inductor_agrees_with_eager(llama):
     pp_fx.transform(llama, CONFIGS["default"])
