@@ -1,5 +1,6 @@
 """Graph passes that turn a captured decoder layer into a probe-pruned one."""
 
+from ..config import ProbePruningConfig
 from .base import BlockGraph, GroupNodes, Pass, PassManager, PassResult
 from .cleanup import Cleanup
 from .find_channel_groups import FindChannelGroups
@@ -12,14 +13,15 @@ from .insert_selection import InsertSelection
 from .normalize_linears import NormalizeLinears
 
 
-def probe_pruning() -> PassManager:
+def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
     """The passes of Probe Pruning, in order."""
+    config = config or ProbePruningConfig()
     return PassManager(
         [
             NormalizeLinears(),
             FreeHeadCount(),
             FindChannelGroups(),
-            InsertProbe(),
+            InsertProbe(whole_keys=config.probe is None or config.probe.attention == "queries"),
             InsertSelection(),
             GatherChannels(),
             InsertCompensation(),

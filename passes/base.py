@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -20,12 +21,16 @@ class GroupNodes:
     """Nodes that passes inserted for one group, by role: `state`, `rows`, `probe_state`, `kept`, ...
 
     `reprobes`: whether the group can be probed again while decoding (its probe reads nothing but the residual).
+    `gram`: of attention, the Gram matrix of the probe.
+    `whole_keys`: the probe reads the batch's keys and values, so that it runs behind their projections.
     """
 
     group: Group
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     probe_graph: fx.Graph | None = None
     reprobes: bool = False
+    whole_keys: bool = False
+    gram: fx.Node | None = None
 
     def name(self, role: str) -> str:
         return f"{self.group.kind}_{role}"
@@ -52,6 +57,20 @@ class BlockGraph:
     def drop_unused(self) -> None:
         """Remove nodes without users, apart from the layer's arguments and calls with side effects."""
         self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in self.effects)
+
+    def sort(self) -> None:
+        """Move nodes behind what they read, and otherwise keep their order."""
+        nodes = list(self.graph.nodes)
+        place = {n: i for i, n in enumerate(nodes)}
+        waits = {n: len(n.all_input_nodes) for n in nodes}
+        ready = [place[n] for n in nodes if not waits[n]]
+        while ready:
+            node = nodes[heapq.heappop(ready)]
+            self.graph._root.prepend(node)
+            for user in node.users:
+                waits[user] -= 1
+                if not waits[user]:
+                    heapq.heappush(ready, place[user])
 
     def argument(self, name: str) -> fx.Node | None:
         """The placeholder of one of the layer's arguments, or None."""
@@ -88,6 +107,7 @@ class Pass(ABC):
             if missing:
                 raise RuntimeError(f"{type(self).__name__} needs {', '.join(missing)}: run the passes in order")
         result = self.call(block)
+        block.sort()
         block.graph.lint()
         return result
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import gather, runtime
+from .. import gather, runtime, selection
 from ..dataflow import shape
 from ..groups import AttentionGroup, Group, MlpGroup
 from ..projections import Projection, head_axis
@@ -43,13 +43,20 @@ class GatherChannels(Pass):
         linears = list(dict.fromkeys(p.linear for p in parts))
         first = next(n for n in block.graph.nodes if n in linears)
         with block.graph.inserting_before(first):
+            pruned = len(group.inputs)
             weights, biases = (tuple(n.args[i] if len(n.args) > i else None for n in linears) for i in (1, 2))
             layout = tuple((linears.index(p.linear), self._rows(block, inserted, i, p)) for i, p in enumerate(parts))
-            args = (inserted.nodes["kept"], first.args[0], weights, biases, layout, len(group.inputs))
+            linears_args = (first.args[0], weights, biases, layout, pruned)
+            ahead = None
+            if group.whole and inserted.whole_keys:  # the selection waits for keys and values out of the same layer
+                args = (inserted.nodes["state"], block.plan, *linears_args)
+                ahead = block.call(selection.rows_ahead, args, inserted.name("inputs_ahead"))
+            args = (inserted.nodes["kept"], *linears_args, ahead)
             together = block.call(gather.gather_rows, args, inserted.name("inputs_kept"))
             for position, part in enumerate(parts):
-                name = f"{part.label}_kept" if position < len(group.inputs) else f"{part.label}_whole"
-                new = block.call(operator.getitem, (together, position), name, part.node)
+                name = f"{part.label}_kept" if position < pruned else f"{part.label}_whole"
+                source = together if position < pruned or ahead is None else ahead
+                new = block.call(operator.getitem, (source, position), name, part.node)
                 new = self._shaped(block, group, part, new)
                 part.node.replace_all_uses_with(new)
         for linear in linears:

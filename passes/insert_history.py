@@ -20,6 +20,9 @@ class InsertHistory(Pass):
                     block.real_rows,
                     nodes["probe_state"],
                     nodes["rows"],
+                    inserted.gram,
+                    inserted.group.residual,
+                    inserted.group.output.weight,
                     block.plan,
                 )
                 nodes["history"] = block.call(history.update_history, args, inserted.name("history"))

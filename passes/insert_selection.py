@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from .. import selection
+from .. import gram, selection
 from .base import BlockGraph, Pass, PassResult
 
 
@@ -11,9 +11,14 @@ class InsertSelection(Pass):
 
     def call(self, block: BlockGraph) -> PassResult:
         for inserted in block.inserted:
-            nodes = inserted.nodes
+            group, nodes = inserted.group, inserted.nodes
             with block.graph.inserting_after(nodes["probe_state"]):
-                args = (nodes["state"], nodes["probe_state"], nodes["rows"])
+                weight = group.output.weight
+                args = (nodes["state"], nodes["probe_state"], nodes["rows"], nodes["probe_residual"], weight)
+                found = block.call(gram.probe_gram, args, inserted.name("gram")) if group.kind == "attention" else None
+                inserted.gram = found
+            with block.graph.inserting_after(found or nodes["probe_state"]):
+                args = (nodes["state"], nodes["probe_state"], nodes["rows"], found)
                 nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
             with block.graph.inserting_after(nodes["score"]):
                 chosen = (nodes["state"], nodes["score"], block.plan, block.layer)

@@ -1,8 +1,10 @@
-"""`allocate`: spend a budget of multiply-accumulates where the measured loss for each of them is lowest."""
+"""`allocate`: spend a budget of multiply-accumulates, or of time, where the measured loss for each is lowest."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import time
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .transform import is_transformed, layers_of, restore, transform
 _GRID = (0.2, 0.4, 0.6, 0.8)
 """Ratios at which the loss of every group is measured; between them it is interpolated."""
 _STEPS = 200
+_REPEATS = 5
 
 
 def allocate(
@@ -32,6 +35,7 @@ def allocate(
     kinds: tuple[str, ...] = ("mlp", "attention"),
     held_out: int = 4,
     strength: float = 0.5,
+    cost: str = "macs",
     progress: bool = True,
 ) -> ProbePruningConfig:
     """Choose the ratio of every layer's MLP and attention from calibration text alone.
@@ -49,6 +53,8 @@ def allocate(
         kinds: which branches may be pruned, of "mlp" and "attention".
         held_out: sequences that measure the loss.
         strength: 1 takes the measured allocation as it is, 0 equal ratios; between them a mixture.
+        cost: what the budget counts: "macs", or "time": seconds of a forward pass over the held-out sequences, measured
+            here with each kind of branch whole and at half. Then `mac_reduction` is the share of that time to save.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -66,6 +72,8 @@ def allocate(
     for name, value in (("mac_reduction", mac_reduction), ("strength", strength)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"{name}={value!r} is not valid; give a number in [0, 1]")
+    if cost not in ("macs", "time"):
+        raise InputError(f"cost={cost!r} is unknown; choose 'macs' or 'time'")
     if not kinds or set(kinds) - {"mlp", "attention"}:
         raise InputError(f"kinds={kinds!r} is not valid; give 'mlp', 'attention' or both")
     if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(batches):
@@ -85,11 +93,12 @@ def allocate(
             if state.prunes
         ]
         losses = _losses(model, [state for _, _, state, _ in groups], batches[-held_out:], progress)
-        dense = count_macs(model, *batches.shape).dense
+        dense, sizes = count_macs(model, *batches.shape).dense, [size for *_, size in groups]
+        if cost == "time":
+            dense, sizes = _seconds(model, [state for _, _, state, _ in groups], sizes, batches[-held_out:])
     finally:
         restore(model)
     budget = mac_reduction * dense
-    sizes = [size for *_, size in groups]
     if budget > LARGEST_RATIO * sum(sizes):
         most = LARGEST_RATIO * sum(sizes) / dense
         raise InputError(f"mac_reduction={mac_reduction} is more than the model's groups hold; give at most {most:.2f}")
@@ -102,6 +111,40 @@ def allocate(
     for (i, kind, _, _), measured, even in zip(groups, found, equal, strict=True):
         ratios[kind][i] = strength * measured + (1 - strength) * even
     return dataclasses.replace(config, mlp_ratio=tuple(ratios["mlp"]), attention_ratio=tuple(ratios["attention"]))
+
+
+def _seconds(model: Any, states: list[GroupState], sizes: list[float], ids: Tensor) -> tuple[float, list[float]]:
+    """Time of the dense decoder, and what every group would save if it were dropped whole (shared out by its MACs).
+
+    Time is taken with each kind at half, against dense, in turn; medians of `_REPEATS`.
+    """
+    kinds = sorted({s.name for s in states})
+    times: dict[str | None, list[float]] = {kind: [] for kind in (None, *kinds)}
+    kept = [s.kept_units for s in states]
+    try:
+        with history_frozen(model), torch.no_grad():
+            for _ in range(_REPEATS + 1):
+                for kind in times:
+                    for state in states:
+                        state.kept_units = state.units if state.name != kind else (state.units + 1) // 2
+                    start = time.perf_counter()
+                    model.base_model(input_ids=ids.to(model.device), use_cache=False)
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize(model.device)
+                    times[kind].append(time.perf_counter() - start)
+    finally:
+        for state, count in zip(states, kept, strict=True):
+            state.kept_units = count
+    median = {kind: statistics.median(values[1:]) for kind, values in times.items()}  # the first warms up
+    halves = {kind: sum(z for z, s in zip(sizes, states, strict=True) if s.name == kind) / 2 for kind in kinds}
+    per_mac = {kind: (median[None] - median[kind]) / halves[kind] for kind in kinds}
+    for kind, saved in per_mac.items():
+        if saved <= 0:
+            raise InputError(
+                f"cost='time': dropping half of every {kind} branch saves no time at {ids.shape[0]} x {ids.shape[1]} "
+                "tokens; raise held_out, give longer sequences, or leave the kind out of kinds"
+            )
+    return median[None], [size * per_mac[s.name] for size, s in zip(sizes, states, strict=True)]
 
 
 def _losses(model: Any, states: list[GroupState], ids: Tensor, progress: bool) -> list[list[float]]:

@@ -155,6 +155,8 @@ def _commit(state: GroupState) -> None:
         else:
             state.energy.copy_(energy)
         state.mean.copy_(state.sums["mean"] / total)
+        if state.gram is not None:
+            state.gram.copy_(state.sums["gram"] / state.sums["gram_count"])
         if state.directions is not None and state.sketch is not None:
             found = state.sketch.directions()
             state.directions.zero_()

@@ -16,6 +16,7 @@ LARGEST_RATIO = 0.95
 _HISTORY_KINDS = ("channel", "position", None)
 _DECODE = ("sticky", "dense", "probe")
 _FIRST_POSITION = ("always", "few", "never")
+_PROBE_ATTENTION = ("queries", "rows")
 
 
 def _number(name: str, value: Any, low: float, high: float, *, high_open: bool = False) -> None:
@@ -63,6 +64,8 @@ class ProbeConfig:
         token_fraction: share of the positions, in (0, 1].
         sample_fraction: share of the samples, in (0, 1].
         min_positions: at least so many positions (or all, when there are fewer).
+        attention: "queries": the probe rows of an attention branch are its queries and attend to the whole keys and
+            values, which no pruning touches; "rows": they attend to each other alone (paper).
         first_position: put position 0 into the probe in place of the lowest ranked pick: "always", "few" (the
             authors' rule: only if at most 10 positions are picked), "never".
     """
@@ -71,12 +74,14 @@ class ProbeConfig:
     sample_fraction: float = 1.0
     min_positions: int = 2
     first_position: str = "always"
+    attention: str = "queries"
 
     def __post_init__(self) -> None:
         for name in ("token_fraction", "sample_fraction"):
             _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
         _integer("probe.min_positions", self.min_positions, 1)
         _choice("probe.first_position", self.first_position, _FIRST_POSITION)
+        _choice("probe.attention", self.attention, _PROBE_ATTENTION)
 
     def positions(self, length: int) -> int:
         """T', the number of probe positions for sequences of `length` tokens (same rule as the graphs use)."""
@@ -112,11 +117,12 @@ class ProbePruningConfig:
         freeze_history: never update the history after calibration.
         fusion_epsilon: added to the denominator of the importance-scaled fusion (the authors: 1e-6).
         score: registry name of the channel score, see `pp_fx.methods`.
+        attention_score: registry name of the head score; None: the same as `score`.
         mlp_compensation, attention_compensation: registry name of what stands in for the dropped channels, see
             `pp_fx.compensation`, or None.
         compensation_mix: share of the history (against the probe) in the moments that a compensation uses, in [0, 1].
         compensation_rank: principal directions of the intermediate state that "least_squares" keeps from calibration.
-        compensation_rows: probe rows, at most, that "least_squares" reads.
+        compensation_rows: probe rows, at most, that "least_squares" and the "joint" head score read.
         compensation_ridge: share of the mean variance of the kept channels that "least_squares" adds to each of them.
         compensation_min_tokens: a selection for fewer tokens (B x T) takes "mean" in place of "least_squares", whose
             cost does not fall with the number of tokens.
@@ -152,8 +158,9 @@ class ProbePruningConfig:
     freeze_history: bool = False
     fusion_epsilon: float = 0.0
     score: str = "ppsp"
+    attention_score: str | None = "joint"
     mlp_compensation: str | None = "least_squares"
-    attention_compensation: str | None = None
+    attention_compensation: str | None = "mean"
     compensation_mix: float = 0.5
     compensation_rank: int = 64
     compensation_rows: int = 256
@@ -184,7 +191,8 @@ class ProbePruningConfig:
         _number("momentum", self.momentum, 0, 1)
         _flag("freeze_history", self.freeze_history)
         _number("fusion_epsilon", self.fusion_epsilon, 0, 1)
-        _choice("score", self.score, tuple(SCORES))
+        _choice("score", self.score, tuple(name for name, score in SCORES.items() if not score.gram))
+        _choice("attention_score", self.attention_score, (*SCORES, None))
         _choice("mlp_compensation", self.mlp_compensation, (*COMPENSATIONS, None))
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)

@@ -138,7 +138,7 @@ def explain(
         model = _fake_model(model)
     _, layers = find_layers(model)
     ratios = carried_ratios(config, len(layers))
-    structures, _ = find_structures(model, layers)
+    structures, _ = find_structures(model, layers, config)
     reports = []
     for index, layer in enumerate(layers):
         found = structures[structure_key(layer)]

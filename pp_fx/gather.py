@@ -24,7 +24,8 @@ def gather_rows(
     biases: tuple[Tensor | None, ...],
     layout: tuple[tuple[int, Rows], ...],
     pruned: int,
-) -> tuple[Tensor, ...]:
+    ahead: tuple[Tensor | None, ...] | None = None,
+) -> tuple[Tensor | None, ...]:
     """Input projections of the kept units.
 
     Args:
@@ -33,10 +34,15 @@ def gather_rows(
         layout: for every projection its linear layer and its rows there (fused layers hold several projections).
         pruned: so many projections, the first ones, run the kept units' rows; the others, parts of the same fused
             layers, run all of theirs.
+        ahead: what `selection.rows_ahead` has computed of them.
 
     Returns:
         [B, T, kept columns] for every pruned projection, [B, T, C] for the others.
     """
+    if ahead is not None:
+        if ahead[0] is not None:
+            return ahead
+        layout = layout[:pruned]
     if selection is None:
         outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return tuple(_part(outputs[i], rows) for i, rows in layout)
@@ -52,6 +58,18 @@ def gather_rows(
         return tuple(F.linear(x, w, b) for w, b in linears)
     selection.inputs = inputs, sizes = _stack(linears), [w.shape[0] for w, _ in linears]
     return F.linear(x, *inputs).split(sizes, -1)
+
+
+def whole_rows(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    layout: tuple[tuple[int, Rows], ...],
+    pruned: int,
+) -> tuple[Tensor | None, ...]:
+    """As `gather_rows`, but None for the pruned projections."""
+    whole = (F.linear(x, *_rows(weights[i], biases[i], rows)) for i, rows in layout[pruned:])
+    return (*[None] * pruned, *whole)
 
 
 def gather_heads(selection: Selection | None, heads: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .gram import batch_gram
 from .probe import probe_channel_moment, probe_moment
 from .state import states_of
 
@@ -26,6 +27,9 @@ def update_history(
     real: Tensor | None,
     probe: Tensor | None,
     rows: ProbeRows | None,
+    gram: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
     plan: Plan,
 ) -> None:
     """Moving average of z and z^2 of the channels that ran; called once per probing call.
@@ -38,6 +42,8 @@ def update_history(
             calibration).
         real: bool [B, T] or None.
         probe: probe state [B', T', C] or None.
+        gram: of the probe, or None.
+        residual: [B, T, H], and weight: output projection [H, C]; calibration takes the Gram matrix of all rows.
     """
     if not plan.selects:
         return
@@ -45,6 +51,8 @@ def update_history(
     if state.mode == "calibrate":
         if state.prunes:
             _accumulate(state, z, real)
+            if state.gram is not None:
+                _accumulate_gram(state, batch_gram(z, residual, real, weight, state.units))
         return
     if state.energy is None or state.mean is None or state.mode == "frozen":
         return
@@ -52,6 +60,7 @@ def update_history(
         return
     columns = selection.columns
     z, probe = z.detach(), probe.detach()
+    gram = None if gram is None else gram.detach()
     if state.energy.ndim == 1:
         flat, mask = _spaced_rows(z, real, state.config.history_rows)
         new_energy, new_mean, any_row = _moments(flat, mask, 0)
@@ -73,6 +82,10 @@ def update_history(
     if plan.empty is not None:
         finite = finite & plan.empty
     finite = finite & base_energy.isfinite().all() & base_mean.isfinite().all()
+    if state.gram is not None and gram is not None:
+        finite = finite & gram.isfinite().all()
+        new_gram = torch.where(seen, momentum * state.gram + (1 - momentum) * gram, gram)
+        state.gram.copy_(torch.where(finite, new_gram, state.gram))
     target.copy_(torch.where(finite, base_energy.index_copy(-1, columns, energy), target))
     state.mean.copy_(torch.where(finite, base_mean.index_copy(0, columns, mean), state.mean))
     state.seen.copy_(torch.where(finite, 1.0, state.seen))
@@ -121,6 +134,11 @@ def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
             value[: shorter.shape[0]] += shorter
             old = None
         state.sums[key] = value.double() if old is None else old + value
+
+
+def _accumulate_gram(state: GroupState, found: tuple[Tensor, Tensor]) -> None:
+    for key, value in zip(("gram", "gram_count"), found, strict=True):
+        state.sums[key] = value.double() + state.sums.get(key, 0)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import ProbePruningConfig
 from .groups import Group
+from .methods import SCORES
 from .state import states_of
 from .transform import layers_of
 
@@ -79,7 +80,7 @@ def layer_macs(
     for kind, group in groups.items():
         if kept[kind] < group.units:
             pruned -= sum(weights[path] * (1 - group.kept_share(path, kept[kind])) for path in group.weights)
-            probe += rows * sum(weights[path] for path in {p.path for p in group.read})
+            probe += _probe_macs(group, weights, config, rows)
             compensation += _compensation_macs(
                 group, weights[group.output.path], kept[kind], config, rows, batch * length
             )
@@ -90,6 +91,17 @@ def unit_macs(layer: nn.Module, group: Group) -> float:
     """MACs per token that one unit of a group takes."""
     weights = dict(layer.named_parameters())
     return sum(_macs(layer, weights[path]) * (1 - group.kept_share(path, group.units - 1)) for path in group.weights)
+
+
+def _probe_macs(group: Group, weights: dict[str, float], config: ProbePruningConfig, rows: int) -> float:
+    """MACs of one batch for the probe of a group, its head score included."""
+    queries = group.kind == "attention" and config.probe is not None and config.probe.attention == "queries"
+    read = group.inputs if queries else group.read
+    macs = rows * sum(weights[path] * (p.share if queries else 1) for path, p in {p.path: p for p in read}.items())
+    if group.kind == "attention" and SCORES[config.attention_score or config.score].gram:
+        output = weights[group.output.path]
+        macs += min(rows, config.compensation_rows) * (output + group.units * output / group.width)
+    return macs
 
 
 def _compensation_macs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,47 @@ def take_rows(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
     return tensor.index_select(1, rows.positions)
 
 
+def take_samples(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
+    """The probe's samples of a [B, ...] tensor: [B', ...]."""
+    if rows is None:
+        return None
+    return tensor if rows.samples is None else tensor.index_select(0, rows.samples)
+
+
+def query_mask(
+    rows: ProbeRows | None,
+    mask: Any,
+    residual: Tensor | None,
+    keys: Tensor,
+    plan: Plan,
+    window: int | None,
+    module: Any,
+) -> Tensor | None:
+    """The attention mask of the probe rows against all keys [B, heads, S, D]: [1 or B', 1, T', S].
+
+    Args:
+        mask: the batch's: [B or 1, 1, T, S] of any kind, of which the rows are taken; None (causal) or [B, S] (flash
+            attention), for which an additive one is made.
+        window: sliding window of the attention where the mask does not hold it.
+        module: the attention module. Without a mask, flash attention sees a call's tokens as the last of the keys, and
+            SDPA (`is_causal`) as the first: a StaticCache is longer than what it holds.
+    """
+    if rows is None or residual is None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        if rows.samples is not None and mask.shape[0] != 1:
+            mask = mask.index_select(0, rows.samples)
+        return mask.index_select(2, rows.positions)
+    key = torch.arange(keys.shape[2], device=keys.device)
+    flash = module is not None and "flash" in module.config._attn_implementation
+    query = rows.positions[:, None] + (keys.shape[2] - plan.shape[1] if flash else 0)
+    allowed = ((key <= query) if window is None else (key <= query) & (key > query - window))[None]
+    if mask is not None:
+        real = take_samples(mask, rows)[:, None, -keys.shape[2] :] != 0  # type: ignore[index]
+        allowed = (allowed & real) | (key == query)
+    return _additive(allowed, residual)
+
+
 def probe_mask(rows: ProbeRows | None, residual: Tensor | None) -> Tensor | None:
     """Additive causal mask among the probe rows, padded keys excluded: [1 or B', 1, T', T'] in the residual's dtype."""
     if rows is None or residual is None:
@@ -102,6 +143,10 @@ def probe_mask(rows: ProbeRows | None, residual: Tensor | None) -> Tensor | None
         # a row may always see itself, so that no row of the softmax is empty
         own = (rows.positions[:, None] == rows.positions[None, :])[None]
         allowed = (allowed & rows.real[:, None, :]) | own
+    return _additive(allowed, residual)
+
+
+def _additive(allowed: Tensor, residual: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=residual.dtype, device=residual.device)
     return torch.where(allowed, zero, torch.finfo(residual.dtype).min)[:, None]
 
@@ -113,6 +158,15 @@ def probe_state(state: GroupState, inputs: tuple, parameters: tuple) -> Tensor |
         return None
     # some layers flatten batch and time before the branch
     return state.probe(state, *inputs, *parameters).reshape(residual.shape[0], residual.shape[1], -1)
+
+
+def sample_rows(tensor: Tensor, rows: ProbeRows, limit: int) -> tuple[Tensor, Tensor | None]:
+    """At most `limit` evenly spaced probe rows of [B', T', ..] in fp32 [n, ..], and which are real [n]."""
+    count = tensor.shape[0] * tensor.shape[1]
+    taken = torch.sym_min(count, limit)
+    index = torch.arange(taken, device=tensor.device) * count // taken
+    real = None if rows.real is None else rows.real.flatten().index_select(0, index)
+    return tensor.flatten(0, 1).index_select(0, index).float(), real
 
 
 def probe_moment(z: Tensor, rows: ProbeRows, power: int) -> Tensor:

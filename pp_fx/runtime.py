@@ -102,10 +102,11 @@ def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwarg
 
 
 def probe_attention(module, q, k, v, mask, **kwargs):
-    """Causal attention among the probe rows (paper, section 3.1), always through SDPA or the model's eager core.
+    """Attention of the probe rows, always through SDPA or the model's eager core.
 
     Args:
-        q: [B', heads, T', D]; k, v: [B', kv heads, T', D]; mask: additive, [B', 1, T', T'].
+        q: [B', heads, T', D]; k, v: [B', kv heads, S, D], of the batch, or of the probe rows themselves (paper,
+            section 3.1: S = T'); mask: [1 or B', 1, T', S].
     """
     name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
     call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))

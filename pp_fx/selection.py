@@ -10,8 +10,10 @@ from torch import Tensor
 from .cache import Selection
 from .compensation import COMPENSATIONS, Compensation, Known
 from .errors import StateError
+from .gather import gather_rows, whole_rows
 from .methods import SCORES, Statistics
 from .plan import store
+from .probe import sample_rows
 
 if TYPE_CHECKING:
     from .plan import LayerInfo, Plan
@@ -26,13 +28,13 @@ def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
     return probe * (probe * share) + history * (history * share)
 
 
-def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> Tensor | None:
-    """Score of every unit from the probe state z [B', T', C]: fp32 [units]; None without a probe."""
+def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None, gram: Tensor | None) -> Tensor | None:
+    """Score of every unit from the probe state z [B', T', C] and its Gram matrix: fp32 [units], or None."""
     from .probe import probe_channel_moment, probe_moment
 
     if z is None or rows is None:
         return None
-    score = SCORES[state.config.score]
+    score = SCORES[state.score]
     if score.relative:
         z = torch.nn.functional.normalize(z.float(), dim=-1)
     p = probe_moment(z, rows, 2)
@@ -51,7 +53,9 @@ def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None) -> 
     if state.mean is not None:
         share = state.config.compensation_mix * state.seen
         mean = share * state.mean + (1 - share) * mean
-    return score.units(_statistics(state, p.sum(0) / seen, mean))
+        if gram is not None and state.gram is not None:
+            gram = share * state.gram + (1 - share) * gram
+    return score.units(_statistics(state, p.sum(0) / seen, mean, gram))
 
 
 def history_scores(state: GroupState) -> Tensor:
@@ -59,27 +63,48 @@ def history_scores(state: GroupState) -> Tensor:
     energy: Any = state.energy
     if energy.ndim == 2:
         energy = energy.mean(0)
-    return SCORES[state.config.score].units(_statistics(state, energy, state.mean))
+    return SCORES[state.score].units(_statistics(state, energy, state.mean, state.gram))
 
 
-def _statistics(state: GroupState, energy: Tensor, mean: Tensor | None) -> Statistics:
-    shape = state.units, state.width
-    return Statistics(energy.view(shape), mean.view(shape), state.column)  # type: ignore[union-attr]
+def _statistics(state: GroupState, energy: Tensor, mean: Tensor | None, gram: Tensor | None) -> Statistics:
+    shape, dropped = (state.units, state.width), state.units - state.kept_units
+    return Statistics(energy.view(shape), mean.view(shape), state.column, dropped, gram)  # type: ignore[union-attr]
+
+
+def selects(state: GroupState, plan: Plan) -> bool:
+    """Whether this call makes a new selection of the group."""
+    return plan.selects and state.prunes and state.mode != "calibrate"
+
+
+def reused(state: GroupState, plan: Plan) -> Selection | None:
+    """The generation's selection, for a call that makes none; None means dense."""
+    if plan.selects:
+        return None
+    selection = plan.stored.get(state.name)
+    if selection is not None and not selection.compacts and state.holds_compact:
+        selection.compacts = True
+    return selection
+
+
+def rows_ahead(state: GroupState, plan: Plan, *linears: Any) -> tuple[Tensor | None, ...]:
+    """Of a group's fused input projections what can run before the selection is known.
+
+    Args:
+        linears: arguments of `gather_rows`.
+
+    Returns:
+        All of them where this call makes no selection; else the whole ones, and None for the pruned ones.
+    """
+    return whole_rows(*linears) if selects(state, plan) else gather_rows(reused(state, plan), *linears)
 
 
 def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: LayerInfo) -> Selection | None:
     """The selection of this call: made anew, or the generation's; None means that all units run (dense)."""
-    if not plan.selects:
-        selection = plan.stored.get(state.name)
-        if selection is None:
-            return None
-        if scores is not None:
+    if not selects(state, plan):
+        selection = reused(state, plan)
+        if selection is not None and scores is not None:
             return _reselect(state, scores, selection, plan, layer)
-        if not selection.compacts and state.holds_compact:
-            selection.compacts = True
         return selection
-    if not state.prunes or state.mode == "calibrate":
-        return None
     if scores is None:
         if not state.calibrated:
             raise StateError(
@@ -147,7 +172,9 @@ def _compensation(
     config, name = state.config, state.compensation
     if name == "least_squares" and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens:
         name = "mean"
-    sampled = _sample(z, rows, config.compensation_rows) if name == "least_squares" else _all(z, rows)
+    sampled: tuple[Tensor | None, Tensor | None] = None, None
+    if z is not None and rows is not None:
+        sampled = sample_rows(z, rows, config.compensation_rows) if name == "least_squares" else _all(z, rows)
     mask = torch.ones(weight.shape[1], device=weight.device).index_fill(0, selection.columns, 0)
     dropped = mask.topk(weight.shape[1] - selection.columns.shape[0]).indices.sort().values
     variance, energy = None, state.energy
@@ -164,22 +191,9 @@ def _tokens(state: GroupState, plan: Plan) -> int:
     return plan.shape[1] if plan.selects else state.config.reprobe_every
 
 
-def _all(z: Tensor | None, rows: ProbeRows | None) -> tuple[Tensor | None, Tensor | None]:
-    """All probe rows [n, C] in fp32, and which are real [n]; None without a probe."""
-    if z is None or rows is None:
-        return None, None
+def _all(z: Tensor, rows: ProbeRows) -> tuple[Tensor, Tensor | None]:
+    """All probe rows [n, C] in fp32, and which are real [n]."""
     return z.float().flatten(0, 1), None if rows.real is None else rows.real.flatten()
-
-
-def _sample(z: Tensor | None, rows: ProbeRows | None, limit: int) -> tuple[Tensor | None, Tensor | None]:
-    """At most `limit` evenly spaced probe rows."""
-    if z is None or rows is None:
-        return None, None
-    count = z.shape[0] * z.shape[1]
-    taken = torch.sym_min(count, limit)
-    index = torch.arange(taken, device=z.device) * count // taken
-    real = None if rows.real is None else rows.real.flatten().index_select(0, index)
-    return z.flatten(0, 1).index_select(0, index).float(), real
 
 
 def _held(selection: Selection, weight: Tensor) -> Compensation | None:

@@ -26,6 +26,8 @@ class GroupState(nn.Module):
             reads them.
         kv_head: int64 [units], the key/value head of every query head; None for channels.
         rows_0, rows_1, ..: int64, where the rows of an input projection lie scattered in a fused weight.
+        gram: fp32 [units, units], running mean of the Gram matrix of the heads' outputs (`pp_fx.gram`); None where no
+            score reads it.
         seen: fp32 scalar, 0 until the first batch or calibration, then 1.
         calibrated: whether `calibrate` has set the history.
         reprobes: whether decoding probes this group again.
@@ -37,6 +39,7 @@ class GroupState(nn.Module):
     energy: Tensor | None
     mean: Tensor | None
     directions: Tensor | None
+    gram: Tensor | None
     seen: Tensor
     kv_head: Tensor | None
 
@@ -61,6 +64,7 @@ class GroupState(nn.Module):
         self.holds_compact = config.decode != "dense"
         self.mode = "frozen" if config.freeze_history else "run"
         self.compensation = config.mlp_compensation if name == "mlp" else config.attention_compensation
+        self.score = config.score if name == "mlp" else config.attention_score or config.score
         self.sums: dict[str, Tensor] = {}
         self.sketch: Sketch | None = None
         columns = units * width
@@ -79,6 +83,8 @@ class GroupState(nn.Module):
             ranked = sizes is not None and self.compensation == "least_squares"
             rank = min(config.compensation_rank, columns)
             buffer("directions", torch.zeros(rank, columns, dtype=torch.bfloat16, device=device) if ranked else None)
+            paired = sizes is not None and self.reads_gram
+            buffer("gram", torch.zeros(units, units, device=device) if paired else None)
             buffer("seen", torch.zeros((), device=device) if self.prunes else None)
             buffer("kv_head", None if kv_head is None else torch.tensor(kv_head, device=device))
             for position, part in (rows or {}).items():
@@ -89,6 +95,11 @@ class GroupState(nn.Module):
         """Whether this layer drops anything here."""
         return self.kept_units < self.units
 
+    @property
+    def reads_gram(self) -> bool:
+        """Whether the score looks at how the heads meet in the output."""
+        return self.prunes and SCORES[self.score].gram
+
     def refresh(self, weight: Tensor) -> None:
         """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
         if self.prunes and not weight.is_meta:
@@ -96,7 +107,7 @@ class GroupState(nn.Module):
                 self.column = self._column(weight)
 
     def _column(self, weight: Tensor) -> Tensor:
-        return SCORES[self.config.score].column(weight).view(self.units, self.width)
+        return SCORES[self.score].column(weight).view(self.units, self.width)
 
     def columns_of(self, kept: Tensor) -> Tensor:
         """Input columns of the output projection that the kept units own: int64 [len(kept) * width]."""
@@ -107,7 +118,7 @@ class GroupState(nn.Module):
     def reset_history(self) -> None:
         """Forget: the next batch starts the history anew."""
         self.calibrated = False
-        for tensor in (self.energy, self.mean, self.directions, self.seen):
+        for tensor in (self.energy, self.mean, self.directions, self.gram, self.seen):
             if tensor is not None:
                 tensor.zero_()
 

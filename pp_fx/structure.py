@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import runtime
 from .block import block_class, compile_graph
 from .capture import capture_layer, masks_are_inverted, record_calls, structure_key
+from .config import ProbePruningConfig
 from .errors import UnsupportedModelError
 from .groups import Group
 from .passes import BlockGraph, probe_pruning
@@ -36,7 +37,9 @@ class Structure:
     reasons: list[str]
 
 
-def find_structures(model: nn.Module, layers: nn.ModuleList) -> tuple[dict[tuple, Structure], list[Any]]:
+def find_structures(
+    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None = None
+) -> tuple[dict[tuple, Structure], list[Any]]:
     """Capture one layer for each distinct structure (`capture.structure_key`). The model is not changed.
 
     Returns:
@@ -58,7 +61,7 @@ def find_structures(model: nn.Module, layers: nn.ModuleList) -> tuple[dict[tuple
             continue
         graph = capture_layer(model, layer, (calls[0][i], calls[1][i]))
         block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
-        probe_pruning()(block)
+        probe_pruning(config)(block)
         groups = {n.group.kind: n.group for n in block.inserted}
         found[key] = Structure(
             cls=block_class(type(layer), block.graph, groups, block.groups.reasons),

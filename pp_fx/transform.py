@@ -67,7 +67,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     for i, layer in enumerate(layers):
         _check_hooks(i, layer)
     carried = carried_ratios(config, len(layers))
-    structures, calls = find_structures(model, layers)
+    structures, calls = find_structures(model, layers, config)
     dense = [run_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
     _warn_dense(model, structures.values(), carried)
     prepared = []

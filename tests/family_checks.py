@@ -50,7 +50,7 @@ def selects_like_the_paper(name):
         skip_layers=1,
         round_to=1,
         history=None,
-        attention_compensation="mean",
+        attention_score=None,
         compensation_min_tokens=32,
         probe=pp_fx.ProbeConfig(token_fraction=1.0),
     )

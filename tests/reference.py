@@ -31,6 +31,8 @@ class Settings:
     compensation_rows: int = 256
     ridge: float = 0.1
     min_tokens: int = 512
+    joint_heads: bool = True
+    queries: bool = True
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Reference:
         self.head_dim = getattr(self.c, "head_dim", None) or self.c.hidden_size // self.c.num_attention_heads
         self.energy: dict = {}
         self.mean: dict = {}
+        self.gram: dict = {}
         self.correction: dict = {}
 
     # ------------------------------------------------------------------ Llama
@@ -124,6 +127,32 @@ class Reference:
         self.note_gap(score[order], kept)
         return order[:kept].sort().values
 
+    def choose_heads(self, key, z, real, residual, weight, kept):
+        """z [B', T', C], residual [B', T', H] -> kept heads: those left by dropping what the output misses least."""
+        count = z.shape[0] * z.shape[1]
+        taken = min(count, self.s.compensation_rows)
+        picked = [i * count // taken for i in range(taken)]
+        valid = real.flatten()[picked]
+        z, residual = z.flatten(0, 1)[picked][valid], residual.flatten(0, 1)[picked][valid]
+        heads = weight.shape[1] // self.head_dim
+        gram = torch.zeros(heads, heads)
+        if len(z):
+            parts = (z - z.mean(0)).view(len(z), heads, self.head_dim)
+            out = torch.einsum("nhd,ohd->nho", parts, weight.view(-1, heads, self.head_dim))
+            gram = torch.einsum("n,ngo,nho->gh", 1 / (residual**2).mean(-1), out, out) / len(z)
+        mixed = self.s.mix * self.gram[key] + (1 - self.s.mix) * gram if key in self.gram else gram
+        self.probe_gram = gram if len(z) or key in self.gram else None
+        dropped: list[int] = []
+        while len(dropped) < heads - kept:
+            left = [h for h in range(heads) if h not in dropped]
+            cost = torch.stack([mixed[[*dropped, h]][:, [*dropped, h]].sum() for h in left])
+            order = cost.argsort()
+            if len(left) > 1:
+                best, second = cost[order[0]].item(), cost[order[1]].item()
+                self.gap = min(self.gap, (second - best) / max(mixed.abs().max().item(), 1e-30))
+            dropped.append(left[order[0]])
+        return torch.tensor([h for h in range(heads) if h not in dropped])
+
     def branch(self, index, kind, layer, residual, real, linear, units, kept, width, compensation):
         positions_all = torch.arange(residual.shape[1])
         before = layer.input_layernorm.weight if kind == "attention" else layer.post_attention_layernorm.weight
@@ -139,9 +168,15 @@ class Reference:
         if self.prompt is not None:
             return self.decode(key, full, linear, width)
         positions, samples = self.rank(residual, real)
-        z = torch.stack([state(residual[b][positions], positions, real[b][positions]) for b in samples])
+        if kind == "attention" and self.s.queries:
+            z = full[samples][:, positions]
+        else:
+            z = torch.stack([state(residual[b][positions], positions, real[b][positions]) for b in samples])
         valid = real[samples][:, positions]
-        chosen = self.choose(key, z, valid, positions, linear.weight, kept, width)
+        if kind == "attention" and self.s.joint_heads:
+            chosen = self.choose_heads(key, z, valid, residual[samples][:, positions], linear.weight, kept)
+        else:
+            chosen = self.choose(key, z, valid, positions, linear.weight, kept, width)
         self.kept[key] = chosen
         columns = (chosen[:, None] * width + torch.arange(width)).flatten()
         dropped = torch.ones(units * width, dtype=torch.bool)
@@ -213,6 +248,9 @@ class Reference:
         rows = flat[::step][mask[::step]]
         if len(rows) == 0:
             return
+        if key[1] == "attention" and self.s.joint_heads and self.probe_gram is not None:
+            m, gram = self.s.momentum, self.probe_gram
+            self.gram[key] = m * self.gram[key] + (1 - m) * gram if key in self.gram else gram
         energy, mean = (rows**2).mean(0)[columns], rows.mean(0)[columns]
         if key not in self.energy:
             self.energy[key], self.mean[key] = (z[valid] ** 2).mean(0), probe_mean.clone()

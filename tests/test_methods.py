@@ -1,5 +1,6 @@
 """Rivals: what each keeps, by its own formula; static ones need calibration and no probe; comparison and allocation."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -104,13 +105,50 @@ def test_allocate_spends_the_budget_where_it_hurts_least(llama, ids):
         llama.model.layers[1].mlp.down_proj.weight *= 1e-3  # a layer that does next to nothing
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     base = pp_fx.ProbePruningConfig(round_to=1, skip_layers=0)
-    config = pp_fx.allocate(llama, 0.2, ids, config=base, held_out=1, strength=1.0, progress=False)
+    kinds = ("mlp",)
+    config = pp_fx.allocate(llama, 0.2, ids, config=base, kinds=kinds, held_out=1, strength=1.0, progress=False)
     assert not pp_fx.is_transformed(llama)
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
     assert dataclasses.replace(config, mlp_ratio=0.4, attention_ratio=0.0) == base
     assert config.mlp_ratio[1] == max(config.mlp_ratio) > 0.5
     pp_fx.transform(llama, config)
     assert 1 - count_macs(llama, 3, 40).ideal == pytest.approx(0.2, abs=0.04)
+
+
+def test_allocate_by_time_spends_more_where_time_is_won(llama, ids, monkeypatch):
+    """Attention made to look ten times as slow as its MACs: more of it is dropped than by MACs."""
+    import importlib
+
+    module = importlib.import_module("pp_fx.allocate")
+    monkeypatch.setattr(module, "_losses", lambda model, states, *_: [[0.0, 0.1, 0.3, 0.6, 1.0]] * len(states))
+    base = pp_fx.ProbePruningConfig(round_to=1, skip_layers=0)
+
+    def seconds(model, states, sizes, ids):
+        timed = [size * (10 if s.name == "attention" else 1) for s, size in zip(states, sizes, strict=True)]
+        return sum(timed), timed
+
+    by_macs = pp_fx.allocate(llama, 0.2, ids, config=base, held_out=1, progress=False)
+    monkeypatch.setattr(module, "_seconds", seconds)
+    by_time = pp_fx.allocate(llama, 0.2, ids, config=base, held_out=1, cost="time", progress=False)
+    assert sum(by_time.attention_ratio) > sum(by_macs.attention_ratio)
+
+
+def test_measured_seconds_are_those_of_the_decoder(ids):
+    from pp_fx.allocate import _seconds
+    from pp_fx.macs import unit_macs
+
+    from .conftest import tiny_llama
+
+    model = tiny_llama()
+    model = pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.5, attention_ratio=0.5, skip_layers=0))
+    pairs = [(layer, kind, s) for layer in layers_of(model) for kind, s in layer.states().items()]
+    kept = [s.kept_units for *_, s in pairs]
+    sizes = [unit_macs(layer, layer.groups[kind]) * s.units for layer, kind, s in pairs]
+    with contextlib.suppress(InputError):  # so small a model may save no time
+        dense, saved = _seconds(model, [s for *_, s in pairs], sizes, ids)
+        assert 0 < dense < 60
+        assert len(saved) == len(sizes)
+    assert [s.kept_units for *_, s in pairs] == kept
 
 
 @pytest.mark.parametrize(
@@ -120,6 +158,7 @@ def test_allocate_spends_the_budget_where_it_hurts_least(llama, ids):
         ({"mac_reduction": 0.9}, "at most"),
         ({"mac_reduction": 0.2, "kinds": ("mlps",)}, "kinds"),
         ({"mac_reduction": 0.2, "held_out": 3}, "held_out=3"),
+        ({"mac_reduction": 0.2, "cost": "joules"}, "cost='joules'"),
         ({"mac_reduction": 0.2, "strength": -1}, "strength=-1"),
     ],
 )

@@ -36,6 +36,7 @@ def reference_for(model, config):
             config.history_length, config.fusion_epsilon, config.momentum, config.compensation_mix,
             config.mlp_compensation, config.attention_compensation, config.history_rows,
             config.compensation_rows, config.compensation_ridge, config.compensation_min_tokens,
+            config.attention_score == "joint", p.attention == "queries",
         ),
     )  # fmt: skip
 
@@ -54,9 +55,11 @@ def cases(draw):
             sample_fraction=draw(st.sampled_from([0.05, 0.5, 1.0])),
             min_positions=draw(st.sampled_from([1, 4])),
             first_position=draw(st.sampled_from(["always", "few", "never"])),
+            attention=draw(st.sampled_from(["queries", "rows"])),
         ),
         history=draw(st.sampled_from(["channel", None])),
         history_rows=draw(st.sampled_from([16, 256])),
+        attention_score=draw(st.sampled_from(["joint", None])),
         fusion_epsilon=draw(st.sampled_from([0.0, 1e-6])),
         mlp_compensation=draw(st.sampled_from(["mean", "least_squares", None])),
         attention_compensation=draw(st.sampled_from(["mean", "least_squares", None])),

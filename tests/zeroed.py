@@ -15,7 +15,6 @@ PRUNED = pp_fx.ProbePruningConfig(
     attention_ratio=0.4,
     skip_layers=1,
     round_to=1,
-    attention_compensation="mean",
     compensation_min_tokens=64,
 )
 

@@ -5,11 +5,12 @@ Adding one: write a file with a `Score` (if it has its own) and a `Method`, and 
 
 from .flap import flap
 from .griffin import griffin
+from .joint_heads import SCORES
 from .magnitude import magnitude
 from .method import Method
 from .probe_pruning import default, full_batch, paper
 from .random_units import random
-from .score import SCORES, Score, Statistics
+from .score import Score, Statistics
 from .wanda_sp import wanda_sp
 
 METHODS: dict[str, Method] = {

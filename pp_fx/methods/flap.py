@@ -58,6 +58,12 @@ flap = Method(
     "flap",
     "fluctuation, one threshold for all layers, bias compensation, chosen at calibration",
     "https://arxiv.org/abs/2312.11983",
-    {"probe": None, "score": "flap", "mlp_compensation": "mean", "attention_compensation": "mean"},
+    {
+        "probe": None,
+        "score": "flap",
+        "attention_score": None,
+        "mlp_compensation": "mean",
+        "attention_compensation": "mean",
+    },
     _plan,
 )

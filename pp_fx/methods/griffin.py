@@ -31,6 +31,8 @@ griffin = Method(
         "probe": ProbeConfig(token_fraction=1.0, sample_fraction=1.0),
         "history": None,
         "score": "griffin",
+        "attention_score": None,
         "mlp_compensation": None,
+        "attention_compensation": None,
     },
 )

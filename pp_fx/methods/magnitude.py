@@ -25,5 +25,11 @@ magnitude = Method(
     "magnitude",
     "norm of the output projection's columns",
     "https://arxiv.org/abs/1506.02626",
-    {"probe": None, "score": "magnitude", "mlp_compensation": None},
+    {
+        "probe": None,
+        "score": "magnitude",
+        "attention_score": None,
+        "mlp_compensation": None,
+        "attention_compensation": None,
+    },
 )

@@ -32,10 +32,14 @@ paper = Method(
     _PAPER,
     {
         "ratio_digits": 2,
-        "probe": ProbeConfig(token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few"),
+        "probe": ProbeConfig(
+            token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few", attention="rows"
+        ),
         "history": "position",
         "fusion_epsilon": 1e-6,
         "mlp_compensation": None,
+        "attention_score": None,
+        "attention_compensation": None,
     },
 )
 full_batch = Method(
@@ -46,5 +50,7 @@ full_batch = Method(
         "probe": ProbeConfig(token_fraction=1.0, sample_fraction=1.0),
         "history": None,
         "mlp_compensation": None,
+        "attention_score": None,
+        "attention_compensation": None,
     },
 )

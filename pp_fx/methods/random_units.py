@@ -24,5 +24,11 @@ random = Method(
     "random",
     "a fixed random choice",
     "https://arxiv.org/abs/2502.15618",
-    {"probe": None, "score": "random", "mlp_compensation": None},
+    {
+        "probe": None,
+        "score": "random",
+        "attention_score": None,
+        "mlp_compensation": None,
+        "attention_compensation": None,
+    },
 )

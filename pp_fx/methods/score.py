@@ -20,11 +20,15 @@ class Statistics(NamedTuple):
             history's, or the history's alone.
         mean: mean of z, likewise.
         column: the score's own number for each column of the output projection.
+        dropped: how many units will be dropped.
+        gram: fp32 [units, units], see `pp_fx.gram`, of probe and history; None for a score that does not read it.
     """
 
     energy: Tensor
     mean: Tensor
     column: Tensor
+    dropped: int
+    gram: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class Score:
         column: weight of the output projection [H, C] -> fp32 [C], computed once at transform.
         units: Statistics -> fp32 [units], larger is more important.
         relative: divide every row of z by its norm first.
+        gram: it reads the Gram matrix of the heads' outputs; such a score is for heads alone.
     """
 
     column: Callable[[Tensor], Tensor]
     units: Callable[[Statistics], Tensor]
     relative: bool = False
+    gram: bool = False
 
 
 SCORES: dict[str, Score] = {}

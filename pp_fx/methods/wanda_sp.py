@@ -26,5 +26,11 @@ wanda_sp = Method(
     "wanda_sp",
     "weight times activation norm, chosen at calibration",
     "https://arxiv.org/abs/2312.11983",
-    {"probe": None, "score": "wanda_sp", "mlp_compensation": None},
+    {
+        "probe": None,
+        "score": "wanda_sp",
+        "attention_score": None,
+        "mlp_compensation": None,
+        "attention_compensation": None,
+    },
 )

@@ -1,0 +1,75 @@
+"""How heads meet in the output: the Gram matrix of their outputs, from probe rows or from calibration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .probe import sample_rows
+
+if TYPE_CHECKING:
+    from .probe import ProbeRows
+    from .state import GroupState
+
+_CHUNK = 256
+_TINY = 1e-30
+
+
+def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> Tensor:
+    """G[g, h] = mean over the rows of <y_g - E y_g, y_h - E y_h> / mean(residual^2), where y_h = W_h z_h.
+
+    The squared error of dropping a set of heads, their means compensated, in units of the residual that the output is
+    added to, is the sum of G over the set.
+
+    Args:
+        z: [n, C], input of the output projection.
+        residual: [n, H], what its output is added to.
+        real: bool [n], which rows count, or None for all.
+        weight: output projection [H, C].
+        units: heads.
+
+    Returns:
+        fp32 [units, units].
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        z, scale = z.float(), residual.float().square().mean(-1).clamp(min=_TINY).reciprocal()
+        count: Tensor | int = z.shape[0]
+        if real is None:
+            mean = z.mean(0)
+        else:  # where, not a product: padded rows may hold Inf or NaN
+            count = real.sum().clamp(min=1)
+            z, scale = torch.where(real[:, None], z, 0.0), torch.where(real, scale, 0.0)
+            mean = z.sum(0) / count
+        dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
+        outputs = (heads @ weight.t().to(dtype).unflatten(0, (units, -1))).flatten(1).float()
+        return outputs @ outputs.t() / count
+
+
+def probe_gram(
+    state: GroupState, z: Tensor | None, rows: ProbeRows | None, residual: Tensor | None, weight: Tensor
+) -> Tensor | None:
+    """`output_gram` of the probe, z [B', T', C] and residual [B', T', H]; None where no score reads it."""
+    if not state.reads_gram or z is None or rows is None or residual is None:
+        return None
+    limit = state.config.compensation_rows
+    sampled, real = sample_rows(z, rows, limit)
+    return output_gram(sampled, sample_rows(residual, rows, limit)[0], real, weight, state.units)
+
+
+def batch_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """`output_gram` of all rows of a batch, times their number, and that number. z [B, T, C], residual [B, T, H].
+
+    Means are those of chunks of 256 rows, so that the outputs of single heads are never held for all rows at once.
+    """
+    total, counted = torch.zeros(units, units, device=z.device), torch.zeros((), device=z.device)
+    masks = [None] if real is None else real.flatten().split(_CHUNK)
+    parts = z.flatten(0, 1).split(_CHUNK)
+    for index, (part, base) in enumerate(zip(parts, residual.flatten(0, 1).split(_CHUNK), strict=True)):
+        mask = None if real is None else masks[index]
+        count = torch.tensor(float(len(part)), device=z.device) if mask is None else mask.sum()
+        total += output_gram(part, base, mask, weight, units) * count
+        counted += count
+    return total, counted
