@@ -32,8 +32,8 @@ class Selection:
             whether this selection or the one before counts; None otherwise.
         version: of the layer's weights that it was made with.
         compacts: whether decode steps read compact weights; the first one gathers them.
-        inputs: the kept rows of all input projections, stacked into one linear layer, and how many each has; None
-            while not gathered.
+        inputs: linear layers that hold the kept rows of the input projections, each with the numbers of rows of the
+            projections stacked in it; None while not gathered.
         output: the kept columns of the output projection with the compensation in its bias, or None.
         window: [B, reprobe_every, H], the residual of the last decoded tokens, or None where nothing re-probes.
     """
@@ -45,7 +45,7 @@ class Selection:
         self.compensation: Compensation | None = None
         self.former: tuple[Tensor, Selection] | None = None
         self.compacts = False
-        self.inputs: tuple[Linear, list[int]] | None = None
+        self.inputs: list[tuple[Linear, list[int]]] | None = None
         self.output: Linear | None = None
         self.window: Tensor | None = None
 
@@ -105,6 +105,6 @@ def compact_bytes(cache: Any) -> int:
     if found is None:
         return 0
     held = [s for groups in found.layers.values() for s in groups.values()]
-    pairs = [pair for s in held for pair in (s.inputs and s.inputs[0], s.output)]
+    pairs = [pair for s in held for pair in (*(linear for linear, _ in s.inputs or ()), s.output)]
     tensors = [t for pair in pairs if pair is not None for t in pair if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
+
 _PROBE_SHARE = 0.5
 """Share of the probe's variance that counts as correlation; few rows know single variances better than their ties."""
 _TINY = 1e-30
@@ -92,11 +94,28 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     target = (factor.index_select(1, known.dropped).to(dtype) @ dropped).float()
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
-    solved = torch.cholesky_solve(target, torch.linalg.cholesky_ex(gram).L)
+    solved = ops.solve(gram, target)
     correction = ((kept_factor * scale).t().to(dtype) @ solved.to(dtype)).to(weight.dtype)
     vector = mean(weight, known, ridge).vector
     at_mean = mu.index_select(0, known.kept) @ correction.float()
     return Compensation(vector - at_mean.to(weight.dtype), correction)
+
+
+def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: float) -> Compensation:
+    """`least_squares` where the bool scalar `solves` is true, else `mean`; for an exported graph, which serves both."""
+    names = [name for name, value in known._asdict().items() if isinstance(value, Tensor)]
+    constants = {name: value for name, value in known._asdict().items() if name not in names}
+
+    def least(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        made = _least_squares(weight, Known(**constants, **dict(zip(names, tensors, strict=True))), ridge)
+        return made.vector, made.correction  # type: ignore[return-value]
+
+    def plain(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        given = Known(**constants, **dict(zip(names, tensors, strict=True)))
+        return mean(weight, given, ridge).vector, weight.new_zeros(given.kept.shape[0], weight.shape[0])
+
+    tensors = (getattr(known, name) for name in names)
+    return Compensation(*torch.cond(solves, least, plain, (weight, *tensors)))
 
 
 def _mean(known: Known) -> Tensor:

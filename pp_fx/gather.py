@@ -47,8 +47,9 @@ def gather_rows(
         outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return tuple(_part(outputs[i], rows) for i, rows in layout)
     if selection.compacts and selection.inputs is not None:
-        inputs, sizes = selection.inputs
-        return F.linear(x, *inputs).split(sizes, -1)
+        done = [part for linear, sizes in selection.inputs for part in F.linear(x, *linear).split(sizes, -1)]
+        rest = ((weights[i], biases[i], rows) for i, rows in layout[len(done) :])
+        return (*done, *(F.linear(x, *_rows(*whole)) for whole in rest))
     columns = selection.columns
     linears = [
         _rows(weights[i], biases[i], _index(rows, columns) if position < pruned else rows)
@@ -56,7 +57,11 @@ def gather_rows(
     ]
     if not selection.compacts:
         return tuple(F.linear(x, w, b) for w, b in linears)
-    selection.inputs = inputs, sizes = _stack(linears), [w.shape[0] for w, _ in linears]
+    if torch.compiler.is_exporting():  # the compact weights leave the graph as they were gathered
+        selection.inputs = [(linear, [linear[0].shape[0]]) for linear in linears[:pruned]]
+        return tuple(F.linear(x, w, b) for w, b in linears)
+    inputs, sizes = _stack(linears), [w.shape[0] for w, _ in linears]
+    selection.inputs = [(inputs, sizes)]
     return F.linear(x, *inputs).split(sizes, -1)
 
 

@@ -84,7 +84,7 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     selections = selections_on(cache)
     stored = _stored(layer, selections)
     length, config = shape[1], layer.config
-    if length >= config.min_select_tokens or not stored:
+    if not stored or length >= config.min_select_tokens:
         return Plan(shape, True, False, cache, stored)
     if torch.compiler.is_compiling():
         cached = cache.get_seq_length(layer.index)

@@ -57,8 +57,10 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None
     batch, length = source.shape[0], source.shape[1]
     settings = state.config.probe
-    if settings is None or (state.calibrated and length < state.config.min_select_tokens):
+    if settings is None:
         return None
+    if state.calibrated and not torch.compiler.is_exporting() and length < state.config.min_select_tokens:
+        return None  # an exported graph serves every length: it decides by `selection.too_short`
     norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.float32)
     if real is not None:
         norm = torch.where(real, norm, 0.0)

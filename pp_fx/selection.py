@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cache import Selection
-from .compensation import COMPENSATIONS, Compensation, Known
+from .compensation import COMPENSATIONS, Compensation, Known, least_squares_or_mean
 from .errors import StateError
 from .gather import gather_rows, whole_rows
 from .methods import SCORES, Statistics
@@ -76,6 +76,11 @@ def selects(state: GroupState, plan: Plan) -> bool:
     return plan.selects and state.prunes and state.mode != "calibrate"
 
 
+def too_short(state: GroupState, plan: Plan) -> Tensor:
+    """Bool scalar of an exported graph: the prompt is too short for a probe, so the history alone decides."""
+    return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < state.config.min_select_tokens
+
+
 def reused(state: GroupState, plan: Plan) -> Selection | None:
     """The generation's selection, for a call that makes none; None means dense."""
     if plan.selects:
@@ -111,8 +116,11 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
                 "probe=None chooses by the history, but the model is not calibrated; call pp_fx.calibrate first"
             )
         scores = history_scores(state)
+    elif torch.compiler.is_exporting() and state.calibrated:
+        scores = torch.where(too_short(state, plan), history_scores(state), scores)
     old = None if plan.empty is None else plan.stored[state.name]
     selection = _selection(state, _best(state, scores), layer, plan.empty, old)
+    selection.compacts = torch.compiler.is_exporting()
     store(layer, plan, state.name, selection)
     return selection
 
@@ -170,7 +178,12 @@ def _compensation(
     state: GroupState, selection: Selection, z: Tensor | None, rows: ProbeRows | None, weight: Tensor, plan: Plan
 ) -> Compensation:
     config, name = state.config, state.compensation
-    if name == "least_squares" and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens:
+    exporting = torch.compiler.is_exporting()
+    if (
+        name == "least_squares"
+        and not exporting
+        and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens
+    ):
         name = "mean"
     sampled: tuple[Tensor | None, Tensor | None] = None, None
     if z is not None and rows is not None:
@@ -182,7 +195,13 @@ def _compensation(
         energy = energy.mean(0) if energy.ndim == 2 else energy
         variance = (energy - state.mean.square()).clamp(min=0)
     share = config.compensation_mix * state.seen
+    if exporting and state.calibrated and sampled[0] is not None:
+        share = torch.where(too_short(state, plan), 1.0, share)
     known = Known(selection.columns, dropped, state.mean, variance, state.directions, *sampled, share)
+    if exporting and name == "least_squares":
+        tokens = torch.scalar_tensor(plan.shape[0] * plan.shape[1], dtype=torch.int64)
+        solves = tokens >= config.compensation_min_tokens
+        return least_squares_or_mean(solves, weight, known, config.compensation_ridge)
     return COMPENSATIONS[name](weight, known, config.compensation_ridge)  # type: ignore[index]
 
 

@@ -1,0 +1,98 @@
+"""Operators of domain `pp_fx`: how a trace calls them, and their bodies in standard ONNX ops.
+
+A runtime without our native library runs the body; one with it prefers the registered kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from onnx.defs import OpSchema
+from onnxscript import ir, opset23, script
+from onnxscript.values import Op, Opset
+
+DOMAIN = "pp_fx"
+VERSION = 1
+_BLOCK = 32
+_PP_FX = Opset(DOMAIN, VERSION)
+
+
+@script(_PP_FX, default_opset=opset23)
+def Solve(A, B):  # noqa: ANN001, ANN201
+    """A^-1 B, A symmetric positive definite with eigenvalues of at least 1: Gauss-Jordan elimination by blocks.
+
+    A block's inverse comes from Newton-Schulz steps X (2 I - S X), which double its correct digits; X = 2 I / (|S| + 1)
+    is near enough to start from.
+    """
+    block = opset23.Constant(value_ints=[32])
+    zero = opset23.Constant(value_ints=[0])
+    one = opset23.Constant(value_ints=[1])
+    n = opset23.Shape(A, start=0, end=1)
+    padding = opset23.Mod(block - opset23.Mod(n, block), block)
+    size = n + padding
+    eye = opset23.EyeLike(opset23.ConstantOfShape(opset23.Concat(size, size, axis=0)), dtype=1)
+    tail = opset23.Slice(eye, n, size, one)
+    wide = opset23.Pad(A, opset23.Concat(zero, zero, padding, zero, axis=0))
+    wide = opset23.Pad(wide, opset23.Concat(zero, zero, zero, padding, axis=0)) + opset23.Pad(
+        tail, opset23.Concat(zero, n, zero, zero, axis=0)
+    )
+    work = opset23.Concat(
+        wide, opset23.Pad(B, opset23.Concat(zero, zero, padding, zero, axis=0)), axis=1
+    )
+    small = opset23.Slice(opset23.Slice(eye, zero, block, zero), zero, block, one)
+    for i in range(opset23.Squeeze(size / block)):
+        start = opset23.Reshape(i, one) * block
+        stop = start + block
+        rows = opset23.Slice(work, start, stop, zero)
+        pivot = opset23.Slice(rows, start, stop, one)
+        norm = opset23.ReduceMax(opset23.ReduceSum(opset23.Abs(pivot), one, keepdims=0), keepdims=0)
+        inverse = small * (2.0 / (norm + 1.0))
+        steps = opset23.Squeeze(opset23.Cast(opset23.Log(norm + 1.0) * 1.4427 + 7.0, to=7))
+        for _ in range(steps):
+            inverse = opset23.MatMul(inverse, small * 2.0 - opset23.MatMul(pivot, inverse))
+        solved = opset23.MatMul(inverse, rows)
+        rest = work - opset23.MatMul(opset23.Slice(work, start, stop, one), solved)
+        work = opset23.Concat(
+            opset23.Slice(rest, zero, start, zero), solved, opset23.Slice(rest, stop, size, zero), axis=0
+        )
+    columns_of_b = opset23.Shape(B, start=1, end=2)
+    right = opset23.Slice(work, size, size + columns_of_b, one)
+    return opset23.Slice(right, zero, n, zero)
+
+
+def _schema(name: str, inputs: dict[str, str], constraints: list[tuple[str, list[str], str]]) -> OpSchema:
+    parameters = [OpSchema.FormalParameter(key, kind) for key, kind in inputs.items()]
+    return OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=parameters,
+        outputs=[OpSchema.FormalParameter("Y", "T")],
+        type_constraints=constraints,
+    )
+
+
+_SOLVE = Op(_PP_FX, "Solve", _schema("Solve", {"A": "T", "B": "T"}, [("T", ["tensor(float)"], "")]))
+
+
+def _solve(a: Any, b: Any) -> Any:
+    return _SOLVE(a, b)
+
+
+TRANSLATIONS: dict[Any, Any] = {torch.ops.pp_fx.solve.default: _solve}
+"""torch operator -> call of the ONNX operator."""
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give the model the bodies of the `pp_fx` operators that it calls.
+
+    They are attached to the finished model: the exporter's own passes would inline them.
+    """
+    called = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN}
+    for function in (Solve,):
+        if function.name in called:
+            body = ir.serde.deserialize_function(function.to_function_proto())
+            model.functions[body.identifier()] = body
+    if called:
+        model.opset_imports[DOMAIN] = VERSION

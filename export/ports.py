@@ -1,0 +1,131 @@
+"""What enters and leaves an exported graph for every pruned group: its history and its selection.
+
+A selection travels as compact weights: the kept rows of the input projections and the kept columns of the output
+projection, correction and compensation included. So decoding reads nothing but what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..block import output_weight
+from ..cache import Selection
+from ..exported import LAYER
+from ..transform import layers_of
+
+_HISTORY = ("energy", "mean", "gram", "seen")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One pruned group of one layer.
+
+    Attributes:
+        index: of the layer.
+        kind: "mlp" or "attention".
+        layer: the rewritten layer.
+    """
+
+    index: int
+    kind: str
+    layer: Any
+
+    @property
+    def name(self) -> str:
+        """`3.mlp`, part of every input and output name."""
+        return f"{self.index}.{self.kind}"
+
+    @property
+    def state(self) -> Any:
+        return self.layer.states()[self.kind]
+
+    @property
+    def group(self) -> Any:
+        return self.layer.groups[self.kind]
+
+    @property
+    def learns(self) -> bool:
+        """Whether prefill updates the history."""
+        return self.state.energy is not None and self.state.mode == "run"
+
+    def history(self) -> dict[str, Tensor]:
+        """The present history by name, fp32; empty where there is none or it is frozen."""
+        state = self.state
+        return {k: getattr(state, k) for k in _HISTORY if getattr(state, k) is not None} if self.learns else {}
+
+    @contextlib.contextmanager
+    def with_history(self, given: dict[str, Tensor]) -> Iterator[None]:
+        """The state works on copies of the given tensors."""
+        buffers = self.state._buffers
+        before = {key: buffers[key] for key in given}
+        try:
+            buffers.update({key: value.clone() for key, value in given.items()})
+            yield
+        finally:
+            buffers.update(before)
+
+    def dense(self) -> dict[str, Tensor]:
+        """The selection that keeps every unit: `compact` of the whole weights."""
+        layer, group, state = self.layer, self.group, self.state
+        found = {"kept": torch.arange(state.units)}
+        for part in group.inputs:
+            weight = layer.get_parameter(part.path)
+            weight = weight.t() if part.transposed else weight
+            rows = slice(None) if part.rows is None else list(part.rows)
+            found[part.label] = self._units(weight[rows])
+            if part.bias is not None:
+                found[f"{part.label}_bias"] = layer.get_parameter(str(part.bias.target))[rows]
+        weight = output_weight(layer, group)
+        bias = group.output.bias
+        found["output"] = self._units(weight.t())
+        found["output_bias"] = weight.new_zeros(len(weight)) if bias is None else layer.get_parameter(str(bias.target))
+        return {key: value.detach() for key, value in found.items()}
+
+    def compact(self, selection: Selection) -> dict[str, Tensor]:
+        """A selection's tensors: `kept` int64 [k]; weights [k, H] of an MLP, [k, D, H] of attention; biases."""
+        assert selection.inputs is not None or not self.group.inputs
+        assert selection.output is not None
+        found = {"kept": selection.kept}
+        for part, (linear, _) in zip(self.group.inputs, selection.inputs or [], strict=True):
+            found[part.label] = self._units(linear[0])
+            if linear[1] is not None:
+                found[f"{part.label}_bias"] = linear[1]
+        weight, bias = selection.output
+        found["output"] = self._units(weight.t())
+        found["output_bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return found
+
+    def selection(self, compact: dict[str, Tensor]) -> Selection:
+        """Inverse of `compact`."""
+        kept = compact["kept"]
+        selection = Selection(kept, self.state.columns_of(kept), self.layer.__dict__[LAYER].version)
+        selection.compacts = True
+        selection.inputs = []
+        for part in self.group.inputs:
+            weight = self._rows(compact[part.label])
+            selection.inputs.append(((weight, compact.get(f"{part.label}_bias")), [weight.shape[0]]))
+        selection.output = self._rows(compact["output"]).t(), compact["output_bias"]
+        return selection
+
+    def _units(self, rows: Tensor) -> Tensor:
+        """[k * width, H] -> [k, width, H] of attention: the number of units is an axis of its own."""
+        return rows.unflatten(0, (-1, self.state.width)) if self.kind == "attention" else rows
+
+    def _rows(self, units: Tensor) -> Tensor:
+        return units.flatten(0, 1) if self.kind == "attention" else units
+
+
+def ports_of(model: nn.Module) -> list[Port]:
+    """The pruned groups of a transformed model, in layer order."""
+    return [
+        Port(i, kind, layer)
+        for i, layer in enumerate(layers_of(model))
+        for kind, state in layer.states().items()
+        if state.prunes
+    ]

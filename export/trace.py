@@ -1,0 +1,154 @@
+"""The two phases of a transformed model as functions of tensors alone, traced to ONNX by torch.onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..cache import put_selections, selections_on
+from ..macs import _head_size
+from .functions import TRANSLATIONS
+from .ports import Port
+
+History = dict[str, dict[str, Tensor]]
+Compact = dict[str, dict[str, Tensor]]
+Past = list[tuple[Tensor, Tensor]]
+
+
+class Prefill(nn.Module):
+    """Selects from its own tokens: logits, keys and values, the updated history, the compact weights."""
+
+    def __init__(self, model: nn.Module, ports: list[Port]) -> None:
+        super().__init__()
+        self.model, self.ports = model, ports
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, history: History):  # noqa: ANN201
+        with contextlib.ExitStack() as stack:
+            for port in self.ports:
+                stack.enter_context(port.with_history(history.get(port.name, {})))
+            cache = _cache(past)
+            logits, present = _run(self.model, input_ids, attention_mask, position_ids, cache)
+            updated = {port.name: port.history() for port in self.ports if port.learns}
+        selections: Any = selections_on(cache)
+        compact = {p.name: p.compact(selections.layers[p.index][p.kind]) for p in self.ports}
+        return logits, present, updated, compact
+
+
+class Decode(nn.Module):
+    """Runs the units that an earlier prefill has selected."""
+
+    def __init__(self, model: nn.Module, ports: list[Port], owner: int) -> None:
+        super().__init__()
+        self.model, self.ports, self.owner = model, ports, owner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, compact: Compact):  # noqa: ANN201
+        cache = _cache(past)
+        selections = put_selections(cache, self.owner)
+        for port in self.ports:
+            selections.layers.setdefault(port.index, {})[port.kind] = port.selection(compact[port.name])
+        return _run(self.model, input_ids, attention_mask, position_ids, cache)
+
+
+def _cache(past: Past) -> DynamicCache:
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(past):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Past]:
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return out.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def key_value_names(prefix: str, layers: int) -> list[str]:
+    """`past_key_values.0.key`, ... as the ecosystem's tools expect them."""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def tensor_names(prefix: str, groups: dict[str, dict[str, Tensor]]) -> list[str]:
+    """`pp_history.3.mlp.energy`, ..."""
+    return [f"{prefix}.{group}.{key}" for group, tensors in groups.items() for key in tensors]
+
+
+def trace_prefill(model: Any, ports: list[Port], opset: int) -> Any:
+    """torch.onnx program of the prefill phase."""
+    history = {p.name: p.history() for p in ports if p.learns}
+    compact = {p.name: p.dense() for p in ports}
+    outputs = [*tensor_names("present_history", history), *tensor_names("present_compact", compact)]
+    # longer than `min_select_tokens`, so that the trace follows the long branch of whatever looks at the length
+    length = 8 + max((p.state.config.min_select_tokens for p in ports), default=32)
+    inputs = {"history": history}, {"history": {name: dict.fromkeys(group) for name, group in history.items()}}
+    return _export(
+        Prefill(model, ports), model, length, inputs, tensor_names("pp_history", history), outputs, opset
+    )
+
+
+def trace_decode(model: Any, ports: list[Port], owner: int, opset: int) -> Any:
+    """torch.onnx program of the decode phase: a call of any length that reuses a selection."""
+    compact = {p.name: p.dense() for p in ports}
+    kept = {p.name: f"kept_{p.index}_{p.kind}" for p in ports}
+    shapes: dict[str, Any] = {
+        name: {key: {} if key == "output_bias" else {0: kept[name]} for key in group} for name, group in compact.items()
+    }
+    for port in ports:  # biases of the inputs have a number for every column
+        for key in compact[port.name]:
+            if key.endswith("_bias") and key != "output_bias" and port.state.width > 1:
+                shapes[port.name][key] = {0: torch.export.Dim.DYNAMIC}
+    inputs = {"compact": compact}, {"compact": shapes}
+    return _export(Decode(model, ports, owner), model, 3, inputs, tensor_names("pp_compact", compact), [], opset)
+
+
+def _export(
+    wrapper: nn.Module,
+    model: Any,
+    length: int,
+    extra: tuple[dict[str, Any], dict[str, Any]],
+    extra_names: list[str],
+    outputs: list[str],
+    opset: int,
+) -> Any:
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    batch, past = 2, 7
+    weight = model.get_input_embeddings().weight
+    device, dtype = weight.device, weight.dtype
+    pair = torch.zeros(batch, heads, past, _head_size(config), dtype=dtype, device=device)
+    given = {
+        "input_ids": torch.ones(batch, length, dtype=torch.int64, device=device),
+        "attention_mask": torch.ones(batch, past + length, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(past, past + length, device=device).repeat(batch, 1),
+        "past": [(pair.clone(), pair.clone()) for _ in range(layers)],
+        **extra[0],
+    }
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    shapes = {
+        "input_ids": tokens,
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": tokens,
+        "past": [({0: "batch_size", 2: "past_sequence_length"},) * 2 for _ in range(layers)],
+        **extra[1],
+    }
+    standard = ["input_ids", "attention_mask", "position_ids", *key_value_names("past_key_values", layers)]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            wrapper.eval(),
+            (),
+            kwargs=given,
+            dynamic_shapes=shapes,
+            input_names=[*standard, *extra_names],
+            output_names=["logits", *key_value_names("present", layers), *outputs],
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
