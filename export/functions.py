@@ -19,7 +19,7 @@ _PP_FX = Opset(DOMAIN, VERSION)
 
 
 @script(_PP_FX, default_opset=opset23)
-def Solve(A, B):  # noqa: ANN001, ANN201
+def Solve(A, B):
     """A^-1 B, A symmetric positive definite with eigenvalues of at least 1: Gauss-Jordan elimination by blocks.
 
     A block's inverse comes from Newton-Schulz steps X (2 I - S X), which double its correct digits; X = 2 I / (|S| + 1)
@@ -37,9 +37,7 @@ def Solve(A, B):  # noqa: ANN001, ANN201
     wide = opset23.Pad(wide, opset23.Concat(zero, zero, zero, padding, axis=0)) + opset23.Pad(
         tail, opset23.Concat(zero, n, zero, zero, axis=0)
     )
-    work = opset23.Concat(
-        wide, opset23.Pad(B, opset23.Concat(zero, zero, padding, zero, axis=0)), axis=1
-    )
+    work = opset23.Concat(wide, opset23.Pad(B, opset23.Concat(zero, zero, padding, zero, axis=0)), axis=1)
     small = opset23.Slice(opset23.Slice(eye, zero, block, zero), zero, block, one)
     for i in range(opset23.Squeeze(size / block)):
         start = opset23.Reshape(i, one) * block

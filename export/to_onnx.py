@@ -22,7 +22,9 @@ def build(model: Any, opset: int) -> ir.Model:
     defaults = {}
     for prefix, groups in (("pp_history", history), ("pp_compact", compact)):
         tensors = [t for group in groups.values() for t in group.values()]
-        defaults.update(zip(tensor_names(prefix, groups), (t.detach().contiguous().numpy() for t in tensors), strict=True))
+        defaults.update(
+            zip(tensor_names(prefix, groups), (t.detach().contiguous().numpy() for t in tensors), strict=True)
+        )
     merged = merge(prefill, decode, defaults, config.min_select_tokens)
     add_functions(merged)
     return merged

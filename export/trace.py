@@ -27,7 +27,7 @@ class Prefill(nn.Module):
         super().__init__()
         self.model, self.ports = model, ports
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, history: History):  # noqa: ANN201
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, history: History):
         with contextlib.ExitStack() as stack:
             for port in self.ports:
                 stack.enter_context(port.with_history(history.get(port.name, {})))
@@ -46,7 +46,7 @@ class Decode(nn.Module):
         super().__init__()
         self.model, self.ports, self.owner = model, ports, owner
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, compact: Compact):  # noqa: ANN201
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, compact: Compact):
         cache = _cache(past)
         selections = put_selections(cache, self.owner)
         for port in self.ports:
@@ -62,9 +62,7 @@ def _cache(past: Past) -> DynamicCache:
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Past]:
-    out = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -86,9 +84,7 @@ def trace_prefill(model: Any, ports: list[Port], opset: int) -> Any:
     # longer than `min_select_tokens`, so that the trace follows the long branch of whatever looks at the length
     length = 8 + max((p.state.config.min_select_tokens for p in ports), default=32)
     inputs = {"history": history}, {"history": {name: dict.fromkeys(group) for name, group in history.items()}}
-    return _export(
-        Prefill(model, ports), model, length, inputs, tensor_names("pp_history", history), outputs, opset
-    )
+    return _export(Prefill(model, ports), model, length, inputs, tensor_names("pp_history", history), outputs, opset)
 
 
 def trace_decode(model: Any, ports: list[Port], owner: int, opset: int) -> Any:

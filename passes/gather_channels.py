@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import gather, runtime, selection
+from .. import gather, probe, runtime, selection
 from ..dataflow import shape
 from ..groups import AttentionGroup, Group, MlpGroup
 from ..projections import Projection, head_axis
@@ -81,10 +81,11 @@ class GatherChannels(Pass):
         return heads if axis == 2 else block.call(aten.transpose.int, (heads, 1, 2), f"{part.label}_by_head", part.node)
 
     def _cut(self, block: BlockGraph, inserted: GroupNodes, group: AttentionGroup) -> None:
+        probes = [n for n in block.graph.nodes if n.target in (probe.take_samples, probe.query_mask)]  # see all heads
         for node in group.cut:
             with block.graph.inserting_after(node):
                 new = block.call(gather.gather_heads, (inserted.nodes["kept"], node), f"{node.name}_kept_heads", node)
-            users = [group.core] if group.core is not None else [n for n in node.users if n is not new]
+            users = [group.core] if group.core is not None else [n for n in node.users if n not in (new, *probes)]
             for user in users:
                 user.replace_input_with(node, new)
 

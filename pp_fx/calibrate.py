@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, StateError
+from .gram import gram_of_sums
 from .progress import track
 from .sketch import Sketch
 from .state import GroupState, states_of
@@ -156,7 +157,7 @@ def _commit(state: GroupState) -> None:
             state.energy.copy_(energy)
         state.mean.copy_(state.sums["mean"] / total)
         if state.gram is not None:
-            state.gram.copy_(state.sums["gram"] / state.sums["gram_count"])
+            state.gram.copy_(gram_of_sums(state.sums))
         if state.directions is not None and state.sketch is not None:
             found = state.sketch.directions()
             state.directions.zero_()

@@ -59,17 +59,38 @@ def probe_gram(
     return output_gram(sampled, sample_rows(residual, rows, limit)[0], real, weight, state.units)
 
 
-def batch_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    """`output_gram` of all rows of a batch, times their number, and that number. z [B, T, C], residual [B, T, H].
+def gram_sums(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> dict[str, Tensor]:
+    """What `gram_of_sums` needs of a batch, z [B, T, C] and residual [B, T, H]; sums of batches are those of all rows.
 
-    Means are those of chunks of 256 rows, so that the outputs of single heads are never held for all rows at once.
+    With r = 1 / mean(residual^2) of each row: sum r <y_g, y_h>, sum r y_h, sum y_h, sum r, number of rows.
     """
-    total, counted = torch.zeros(units, units, device=z.device), torch.zeros((), device=z.device)
-    masks = [None] if real is None else real.flatten().split(_CHUNK)
-    parts = z.flatten(0, 1).split(_CHUNK)
-    for index, (part, base) in enumerate(zip(parts, residual.flatten(0, 1).split(_CHUNK), strict=True)):
-        mask = None if real is None else masks[index]
-        count = torch.tensor(float(len(part)), device=z.device) if mask is None else mask.sum()
-        total += output_gram(part, base, mask, weight, units) * count
-        counted += count
-    return total, counted
+    z = z.flatten(0, 1).float()
+    scale = residual.flatten(0, 1).float().square().mean(-1).clamp(min=_TINY).reciprocal()
+    count = torch.tensor(float(len(z)), device=z.device)
+    if real is not None:
+        mask = real.flatten()
+        z, scale, count = torch.where(mask[:, None], z, 0.0), torch.where(mask, scale, 0.0), mask.sum()
+    gram = torch.zeros(units, units, device=z.device)
+    blocks = weight.t().float().unflatten(0, (units, -1))
+    for rows, weights in zip(z.split(_CHUNK), scale.split(_CHUNK), strict=True):  # y of few rows at a time
+        heads = (rows * weights.sqrt()[:, None]).unflatten(1, (units, -1)).transpose(0, 1)
+        outputs = (heads @ blocks).flatten(1)
+        gram += outputs @ outputs.t()
+
+    def output(row: Tensor) -> Tensor:
+        return (row.view(units, 1, -1) @ blocks)[:, 0]
+
+    return {
+        "gram": gram,
+        "gram_weighted": output(scale @ z),
+        "gram_plain": output(z.sum(0)),
+        "gram_weight": scale.sum(),
+        "gram_count": count,
+    }
+
+
+def gram_of_sums(sums: dict[str, Tensor]) -> Tensor:
+    """`output_gram` of all rows that the sums of `gram_sums` hold: [units, units]."""
+    mean, cross = sums["gram_plain"] / sums["gram_count"], sums["gram_weighted"]
+    tied = cross @ mean.t()
+    return (sums["gram"] - tied - tied.t() + sums["gram_weight"] * mean @ mean.t()) / sums["gram_count"]

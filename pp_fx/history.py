@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .gram import batch_gram
+from .gram import gram_sums
 from .probe import probe_channel_moment, probe_moment
 from .state import states_of
 
@@ -52,7 +52,8 @@ def update_history(
         if state.prunes:
             _accumulate(state, z, real)
             if state.gram is not None:
-                _accumulate_gram(state, batch_gram(z, residual, real, weight, state.units))
+                for key, value in gram_sums(z, residual, real, weight, state.units).items():
+                    state.sums[key] = value.double() + state.sums.get(key, 0)
         return
     if state.energy is None or state.mean is None or state.mode == "frozen":
         return
@@ -134,11 +135,6 @@ def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
             value[: shorter.shape[0]] += shorter
             old = None
         state.sums[key] = value.double() if old is None else old + value
-
-
-def _accumulate_gram(state: GroupState, found: tuple[Tensor, Tensor]) -> None:
-    for key, value in zip(("gram", "gram_count"), found, strict=True):
-        state.sums[key] = value.double() + state.sums.get(key, 0)
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def test_a_deep_copy_shares_the_weights_and_goes_its_own_way(model, ids):
     call(model, ids, cache)
     call(model, ids[:, :1], cache)
     copied = copy.deepcopy(cache)
-    ours, theirs = (selections_on(c).layers[2]["mlp"].inputs[0][0] for c in (cache, copied))
+    ours, theirs = (selections_on(c).layers[2]["mlp"].inputs[0][0][0] for c in (cache, copied))
     assert ours.data_ptr() == theirs.data_ptr()
     before = kept(cache)
     assert torch.equal(call(model, ids[:, 5:6], copied), call(model, ids[:, 5:6], cache))
@@ -187,15 +187,15 @@ def test_loading_weights_voids_selections(model, ids):
     cache = make("dynamic", model)
     call(model, ids, cache)
     call(model, ids[:, :1], cache)
-    weights = selections_on(cache).layers[2]["mlp"].inputs[0][0]
+    weights = selections_on(cache).layers[2]["mlp"].inputs[0][0][0]
     model.load_state_dict(tiny_llama(seed=9).state_dict())
     call(model, ids[:, :1], cache)
     call(model, ids[:, :1], cache)
     fresh = selections_on(cache).layers[2]["mlp"]
-    assert not torch.equal(fresh.inputs[0][0], weights)
+    assert not torch.equal(fresh.inputs[0][0][0], weights)
     mlp = model.model.layers[2].mlp
     rows = torch.cat([w[fresh.columns] for w in (mlp.gate_proj.weight, mlp.up_proj.weight)])
-    assert torch.equal(fresh.inputs[0][0], rows)
+    assert torch.equal(fresh.inputs[0][0][0], rows)
 
 
 def decode(model, ids, steps=3):
@@ -210,7 +210,7 @@ def test_compact_weights_are_counted_and_limited(model, ids):
     layer = model.model.layers[2]
     states = layer.states()
     mlp = states["mlp"].kept_units * (3 * 64 + 0) + 64  # gate, up, down rows and the compensation
-    attention = states["attention"].kept_units * 16 * 2 * 64
+    attention = states["attention"].kept_units * 16 * 2 * 64 + 64
     expected, cache = decode(model, ids)
     assert compact_bytes(cache) == 2 * 4 * (mlp + attention)  # two pruned layers, fp32
     prefilled = make("dynamic", model)
