@@ -1,1 +1,37 @@
-"""Exporters (ONNX and others) for transformed models; none is part of this version."""
+"""Export of transformed models: `onnx` writes a folder, `check` compares it with torch, `OrtModel` runs it.
+
+Needs the extra `pp_fx[onnxruntime]`; nothing of it is imported before the first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ExportError
+
+if TYPE_CHECKING:
+    from .agreement import Check, check
+    from .ort_model import OrtCache, OrtModel
+    from .to_onnx import onnx
+
+__all__ = ["Check", "OrtCache", "OrtModel", "check", "onnx"]
+_HOME = {
+    "onnx": "to_onnx",
+    "check": "agreement",
+    "Check": "agreement",
+    "OrtModel": "ort_model",
+    "OrtCache": "ort_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"pp_fx.export needs the package {error.name}; run: pip install 'pp-fx[onnxruntime]'"
+        ) from None
+    return found

@@ -71,6 +71,22 @@ def _schema(name: str, inputs: dict[str, str], constraints: list[tuple[str, list
     )
 
 
+_BOUNDARY = Op(
+    _PP_FX,
+    "Boundary",
+    OpSchema(
+        "Boundary",
+        DOMAIN,
+        VERSION,
+        inputs=[OpSchema.FormalParameter("X", "T")],
+        outputs=[OpSchema.FormalParameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+        attributes=[
+            OpSchema.Attribute("position", OpSchema.AttrType.INT, "", required=True),
+            OpSchema.Attribute("enters", OpSchema.AttrType.INT, "", required=True),
+        ],
+    ),
+)
 _SOLVE = Op(_PP_FX, "Solve", _schema("Solve", {"A": "T", "B": "T"}, [("T", ["tensor(float)"], "")]))
 
 
@@ -78,7 +94,14 @@ def _solve(a: Any, b: Any) -> Any:
     return _SOLVE(a, b)
 
 
-TRANSLATIONS: dict[Any, Any] = {torch.ops.pp_fx.solve.default: _solve}
+def _boundary(x: Any, position: int, enters: bool) -> Any:
+    return _BOUNDARY(x, position=position, enters=int(enters))
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.pp_fx.solve.default: _solve,
+    torch.ops.pp_fx.boundary.default: _boundary,
+}
 """torch operator -> call of the ONNX operator."""
 
 

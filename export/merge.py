@@ -12,130 +12,222 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
+from .layers import Layers
+from .ports import Port, homes
+from .repeat import position_of, rename, repeat
+
 MIN_SELECT = "pp_min_select_tokens"
 """Input with a default: calls of at least so many tokens select."""
 
 
-def merge(prefill: ir.Model, decode: ir.Model, defaults: dict[str, Any], min_select_tokens: int) -> ir.Model:
-    """One model out of the two phases.
+class Outside:
+    """What lies around the two branches: inputs, weights, and the optional inputs with their defaults.
 
-    Args:
-        prefill, decode: with the ecosystem's inputs; `pp_history.*` of prefill and `pp_compact.*` of decode become
-            initializers that are inputs too.
-        defaults: arrays of these initializers by name.
-        min_select_tokens: default of `MIN_SELECT`.
+    Attributes:
+        inputs: that every call gives, by name.
+        optional: initializers that are inputs too.
+        weights: the other initializers.
+        homes: see `ports.homes`.
+        turned: fingerprint of a transposed weight outside of the layers -> its name; the exporter folds transposes.
     """
-    for model in (prefill, decode):
-        _name_weights(model)
-    graph = prefill.graph
-    inputs = {v.name: _copy(v) for v in graph.inputs if v.name not in defaults}
-    # shapes as the phases declare them: compact weights have as many rows as their selection keeps units
-    shapes = {v.name: v.shape for model in (prefill, decode) for v in model.graph.inputs}
-    outer = {MIN_SELECT: _initializer(MIN_SELECT, np.array(min_select_tokens, np.int64), None)}
-    outer.update({name: _initializer(name, array, shapes[name]) for name, array in defaults.items()})
-    for model in (prefill, decode):
-        for name, value in model.graph.initializers.items():
-            if name not in outer:
-                outer[name] = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
-    outputs = [_copy(v) for v in graph.outputs]
-    then = _branch(prefill, "prefill", inputs, outer, [v.name for v in outputs], {})
-    reused = {f"present_history.{n[len('pp_history.') :]}": n for n in defaults if n.startswith("pp_history.")}
-    otherwise = _branch(decode, "decode", inputs, outer, [v.name for v in outputs], reused)
-    length = ir.Node("", "Shape", [inputs["input_ids"]], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
-    asked = ir.Node("", "GreaterOrEqual", [length.outputs[0], outer[MIN_SELECT]])
+
+    def __init__(self, model: Any, layers: Layers, ports: list[Port], min_select_tokens: int) -> None:
+        self.model, self.layers, self.ports = model, layers, ports
+        self.inputs: dict[str, ir.Value] = {}
+        self.optional: dict[str, ir.Value] = {}
+        self.weights: dict[str, ir.Value] = {}
+        self.homes = homes(layers.path, ports)
+        self.turned = {
+            _fingerprint(_array(p.t()).numpy()): f"{name}.T"
+            for name, p in model.named_parameters()
+            if p.ndim == 2 and not name.startswith(f"{layers.path}.")
+        }
+        self.optional[MIN_SELECT] = _initializer(MIN_SELECT, np.array(min_select_tokens, np.int64))
+        for port in ports:
+            for key, tensor in port.history().items():
+                self._option(f"pp_history.{port.name}.{key}", tensor)
+            for key, tensor in port.dense().items():
+                self._option(f"pp_compact.{port.name}.{key}", tensor)
+
+    def _option(self, name: str, tensor: Any) -> None:
+        self.optional[name] = _initializer(name, _array(tensor))
+
+    def path(self, name: str, index: int) -> str:
+        """`layer.1.mlp.up_proj.weight` of a representative -> the weight's path in layer `index` of the model."""
+        return f"{self.layers.path}.{index}.{name.split('.', 2)[2]}"
+
+    def moved(self, name: str) -> bool:
+        """Whether a representative's weight is one that the layers keep among the compact weights."""
+        return self.path(name, self.layers.first[position_of(name)]) in self.homes  # type: ignore[index]
+
+    def value(self, name: str, index: int, nodes: list[ir.Node]) -> ir.Value:
+        """What takes the place of a representative's input in layer `index`; may add nodes before the layer."""
+        if not name.startswith("layer."):
+            name = rename(name, position_of(name), index)  # type: ignore[arg-type]
+            return self.inputs.get(name) or self.optional[name]
+        path = self.path(name, index)
+        if path not in self.homes:
+            return self.weight(path)
+        found = self.optional[self.homes[path]]
+        if len(found.shape) == 2:  # type: ignore[arg-type]
+            return found
+        columns = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [-1, found.shape[2]])])  # type: ignore[index]
+        flat = ir.Node("", "Reshape", [found, columns.outputs[0]])
+        for node in (columns, flat):
+            node.outputs[0].name = f"{path}/{node.op_type}"
+            nodes.append(node)
+        return flat.outputs[0]
+
+    def weight(self, path: str) -> ir.Value:
+        """A parameter or buffer of the model, transposed where the path ends in `.T`."""
+        if path not in self.weights:
+            module, _, leaf = path.removesuffix(".T").rpartition(".")
+            tensor = getattr(self.model.get_submodule(module), leaf)
+            tensor = tensor.t() if path.endswith(".T") else tensor
+            self.weights[path] = _initializer(path, _array(tensor))
+        return self.weights[path]
+
+    def constant(self, value: ir.Value) -> ir.Value:
+        """An initializer of a phase; those of equal content are stored once."""
+        name = str(value.name)
+        if name.startswith("model."):
+            return self.weight(name.removeprefix("model."))
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        content = _fingerprint(array)
+        if content in self.turned:
+            return self.weight(self.turned[content])
+        name = f"constant.{content[:16]}"
+        if name not in self.weights:
+            self.weights[name] = ir.Value(
+                name=name, type=value.type, shape=value.shape, const_value=ir.tensor(array, name=name)
+            )
+        return self.weights[name]
+
+
+def merge(prefill: ir.Model, decode: ir.Model, outside: Outside) -> ir.Model:
+    """One model out of the two phases, each traced with one representative of every kind of layer."""
+    for value in prefill.graph.inputs:
+        if position_of(value.name) is None:
+            outside.inputs[str(value.name)] = _copy(value, str(value.name))
+    for index, kind in enumerate(outside.layers.kinds):
+        for part in ("key", "value"):
+            like = next(v for v in prefill.graph.inputs if v.name == f"past_key_values.{kind}.{part}")
+            outside.inputs[f"past_key_values.{index}.{part}"] = _copy(like, f"past_key_values.{index}.{part}")
+    for value in decode.graph.inputs:  # compact weights have as many rows as their selection keeps units
+        if str(value.name).startswith("pp_compact."):
+            position = position_of(value.name)
+            for index, kind in enumerate(outside.layers.kinds):
+                if kind == position:
+                    outside.optional[rename(str(value.name), position, index)].shape = value.shape
+    phases = [_phase(m, outside) for m in (prefill, decode)]
+    names = sorted((str(v.name) for v in phases[0][1]), key=_order)
+    then = _branch(*phases[0], "prefill", names, outside)
+    outputs = [_copy(v, n) for n, v in zip(names, then.outputs, strict=True)]
+    otherwise = _branch(*phases[1], "decode", names, outside)
+    length = ir.Node("", "Shape", [outside.inputs["input_ids"]], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
+    asked = ir.Node("", "GreaterOrEqual", [length.outputs[0], outside.optional[MIN_SELECT]])
     condition = ir.Node("", "Squeeze", [asked.outputs[0]])
-    choice = ir.Node(
-        "", "If", [condition.outputs[0]], [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", otherwise)],
-        outputs=outputs,
-    )  # fmt: skip
+    branches = [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", otherwise)]
+    choice = ir.Node("", "If", [condition.outputs[0]], branches, outputs=outputs)
     for node, name in ((length, "length"), (asked, "asked"), (condition, "selects")):
         node.outputs[0].name = f"pp_{name}"
-    overridable = [outer[name] for name in (MIN_SELECT, *defaults)]
-    merged = ir.Graph(
-        [*inputs.values(), *overridable],
+    graph = ir.Graph(
+        [*outside.inputs.values(), *outside.optional.values()],
         outputs,
         nodes=[length, asked, condition, choice],
-        initializers=list(outer.values()),
-        opset_imports=dict(graph.opset_imports),
+        initializers=[*outside.optional.values(), *outside.weights.values()],
+        opset_imports=dict(prefill.graph.opset_imports),
         name="pp_fx",
     )
     functions = [*prefill.functions.values(), *(f for k, f in decode.functions.items() if k not in prefill.functions)]
-    model = ir.Model(merged, ir_version=prefill.ir_version, producer_name="pp_fx", functions=functions)
-    model.opset_imports.update(prefill.opset_imports)
-    return model
+    return ir.Model(graph, ir_version=prefill.ir_version, producer_name="pp_fx", functions=functions)
 
 
-def _branch(
-    model: ir.Model,
-    phase: str,
-    inputs: dict[str, ir.Value],
-    outer: dict[str, ir.Value],
-    outputs: list[str],
-    reused: dict[str, str],
-) -> ir.Graph:
-    """The graph of a phase as a subgraph of `outputs`, its inputs and initializers replaced by those outside.
-
-    An output that the phase does not make is the outer value that `reused` names, or an empty tensor.
-    """
+def _phase(model: ir.Model, outside: Outside) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes and named outputs of a phase with all layers, reading from outside."""
     graph = model.graph
-    for value in (*graph.inputs, *graph.initializers.values()):
-        ir.convenience.replace_all_uses_with(value, inputs.get(value.name) or outer[value.name])
-    made = {v.name: v for v in graph.outputs}
+    for value in graph.inputs:
+        if position_of(value.name) is None:
+            ir.convenience.replace_all_uses_with(value, outside.inputs[str(value.name)])
+    for value in graph.initializers.values():
+        ir.convenience.replace_all_uses_with(value, outside.constant(value))
+    _store_transposed(graph, outside)
+    before: list[ir.Node] = []
+    outputs = repeat(graph, outside.layers.kinds, lambda name, index: outside.value(name, index, before))
     nodes = list(graph)
-    graph.outputs.clear()
     graph.remove(nodes)
+    return [*before, *nodes], outputs
+
+
+def _store_transposed(graph: ir.Graph, outside: Outside) -> None:
+    """A layer's weight that a node transposes becomes an input that lies transposed in the file."""
+    made: dict[str, ir.Value] = {}
+    for node in list(ir.traversal.RecursiveGraphIterator(graph)):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or not str(source.name).startswith("layer.") or source.producer() is not None:
+            continue
+        if list(node.attributes["perm"].value) != [1, 0] or outside.moved(str(source.name)):
+            continue
+        name = f"{source.name}.T"
+        if name not in made:
+            made[name] = ir.Value(name=name, type=source.type, shape=node.outputs[0].shape)
+            graph.inputs.append(made[name])
+        ir.convenience.replace_all_uses_with(node.outputs[0], made[name])
+        node.graph.remove(node)  # type: ignore[union-attr]
+
+
+def _branch(nodes: list[ir.Node], made: list[ir.Value], phase: str, names: list[str], outside: Outside) -> ir.Graph:
+    """A phase as a subgraph with all outputs. One that it does not make is the optional input, or an empty tensor."""
+    own = {str(v.name): v for v in made}
     for index, node in enumerate(nodes):
         node.name = f"{phase}/{index}"
+        node.metadata_props.clear()  # where in Python it came from
         for value in node.outputs:
             value.name = f"{phase}/{value.name}"
     results = []
-    for name in outputs:
-        if name in made:
-            source = made[name] if made[name].producer() is not None else None
-            source = source or inputs.get(name) or outer[name]
-        elif name in reused:
-            source = outer[reused[name]]
+    for name in names:
+        if name in own:
+            source = own[name]
+        elif name.startswith("present_history."):
+            source = outside.optional[name.replace("present_", "pp_", 1)]
         else:
-            source = outer[name.replace("present_", "pp_", 1)]
-            nothing = np.zeros((0, *source.shape[1:]), source.dtype.numpy())
-            source = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(nothing, dtype=source.dtype))])
-            nodes.append(source)
-            source.outputs[0].name = f"{phase}/{name}/empty"
-            source = source.outputs[0]
-        last = ir.Node("", "Identity", [source])
-        last.outputs[0].name = f"{phase}/{name}"
-        if source.name == last.outputs[0].name:
-            source.name += "/value"
-        last.outputs[0].type, last.outputs[0].shape = source.type, source.shape
+            like = outside.optional[name.replace("present_", "pp_", 1)]
+            nothing = np.zeros((0, *like.shape[1:]), like.dtype.numpy())  # type: ignore[index,union-attr]
+            constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(nothing))])
+            constant.outputs[0].name, constant.outputs[0].type = f"{phase}/{name}/empty", like.type
+            constant.outputs[0].shape = ir.Shape(nothing.shape)
+            nodes.append(constant)
+            source = constant.outputs[0]
+        last = ir.Node("", "Identity", [source], name=f"{phase}/{name}/last")
+        last.outputs[0].name, last.outputs[0].type, last.outputs[0].shape = (
+            f"{phase}/{name}/out",
+            source.type,
+            source.shape,
+        )
         nodes.append(last)
         results.append(last.outputs[0])
     return ir.Graph([], results, nodes=nodes, name=phase)
 
 
-def _initializer(name: str, array: Any, shape: ir.Shape | None) -> ir.Value:
-    tensor = array if isinstance(array, ir.TensorProtocol) else ir.tensor(array, name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape or tensor.shape, const_value=tensor)
+def _fingerprint(array: Any) -> str:
+    """Of a numpy array's type, shape and content."""
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
-def _copy(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, type=value.type, shape=value.shape)
+def _order(name: str) -> tuple[int, int]:
+    """Logits, keys and values, history, compact weights; layer by layer."""
+    prefixes = ["logits", "present.", "present_history.", "present_compact."]
+    return next(i for i, p in enumerate(prefixes) if name.startswith(p)), position_of(name) or 0
 
 
-def _name_weights(model: ir.Model) -> None:
-    """Initializers of equal content get equal names in both phases, so that they are stored once.
+def _array(tensor: Any) -> Any:
+    return tensor.detach().cpu().contiguous()
 
-    Parameters keep the names they have in transformers; what the exporter computed is named by its content.
-    """
-    graph = model.graph
-    for name, value in list(graph.initializers.items()):
-        graph.initializers.pop(name)
-        if name.startswith("model."):
-            value.name = name[len("model.") :]
-        else:
-            content = hashlib.sha256(value.const_value.tobytes()).hexdigest()[:16]
-            dims = "x".join(str(d) for d in value.shape)
-            value.name = f"constant.{value.dtype.name.lower()}.{dims}.{content}"
-        if value.name in graph.initializers:
-            ir.convenience.replace_all_uses_with(value, graph.initializers[value.name])
-        else:
-            graph.initializers[value.name] = value
+
+def _initializer(name: str, array: Any) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+
+def _copy(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=value.type, shape=value.shape)

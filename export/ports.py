@@ -19,7 +19,7 @@ from ..cache import Selection
 from ..exported import LAYER
 from ..transform import layers_of
 
-_HISTORY = ("energy", "mean", "gram", "seen")
+HISTORY = ("energy", "mean", "gram", "seen")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Port:
     def history(self) -> dict[str, Tensor]:
         """The present history by name, fp32; empty where there is none or it is frozen."""
         state = self.state
-        return {k: getattr(state, k) for k in _HISTORY if getattr(state, k) is not None} if self.learns else {}
+        return {k: getattr(state, k) for k in HISTORY if getattr(state, k) is not None} if self.learns else {}
 
     @contextlib.contextmanager
     def with_history(self, given: dict[str, Tensor]) -> Iterator[None]:
@@ -129,3 +129,21 @@ def ports_of(model: nn.Module) -> list[Port]:
         for kind, state in layer.states().items()
         if state.prunes
     ]
+
+
+def homes(path: str, ports: list[Port]) -> dict[str, str]:
+    """Weights that lie in the file as the default of a compact weight: parameter name -> input name.
+
+    `.T` behind a parameter's name: it lies transposed. Parts of fused weights are not among them.
+
+    Args:
+        path: of the layers in the model.
+    """
+    found = {}
+    for port in ports:
+        for part in port.group.inputs:
+            if part.rows is None and not part.transposed:
+                found[f"{path}.{port.index}.{part.path}"] = f"pp_compact.{port.name}.{part.label}"
+        if not port.group.output.transposed:
+            found[f"{path}.{port.index}.{port.group.output.path}.T"] = f"pp_compact.{port.name}.output"
+    return found

@@ -2,29 +2,142 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
 from onnxscript import ir
 
+from ..errors import ExportError, InputError, StateError
+from ..macs import count_macs
+from ..plan import INFO
+from ..transform import layers_of
+from .agreement import compare
+from .folder import DATA, MODEL, finish, prepare, write_configs
 from .functions import add_functions
-from .merge import merge
+from .layers import Layers
+from .merge import Outside, merge
 from .ports import ports_of
-from .trace import tensor_names, trace_decode, trace_prefill
+from .trace import trace_decode, trace_prefill
+
+_OPSETS = (23, 24)
+_DTYPES = (torch.float32, torch.float16)
+_SMALL = 1024
+"""Bytes up to which a tensor stays inside model.onnx."""
+
+
+def onnx(
+    model: Any,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    opset: int = 23,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Path:
+    """Write a transformed model as `model.onnx` with everything around it that tools expect.
+
+    One file serves both phases: a call of at least `min_select_tokens` tokens selects; a shorter one runs the compact
+    weights that it is given, or else the whole weights. See the folder's README.md for inputs and outputs.
+
+    Args:
+        model: a transformed causal language model in fp32 or fp16; calibrate it before, the history goes along.
+        directory: folder to write; made if need be. It appears only when all of it is written.
+        tokenizer: saved along with the model.
+        opset: of ONNX, 23 or 24.
+        overwrite: replace a folder that is not empty.
+        verify: run `pp_fx.export.check` against `model` on a few random tokens.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StateError: the model is not transformed, or in training mode.
+        InputError: an argument cannot be used.
+        ExportError: an optional package is missing, the configuration has no ONNX form, the trace fails, or
+            onnxruntime gives other logits than torch. Nothing is left behind.
+    """
+    config = _check(model, opset)
+    partial = prepare(directory, overwrite)
+    try:
+        graph = build(model, opset)
+        ir.save(graph, partial / MODEL, external_data=DATA, size_threshold_bytes=_SMALL)
+        write_configs(partial, model, tokenizer, _settings(model, config, opset))
+        if verify:
+            compare(partial, model).require()
+        finish(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Path(directory)
 
 
 def build(model: Any, opset: int) -> ir.Model:
-    ports = ports_of(model)
+    """The merged graph of a transformed model."""
+    layers, ports = Layers.of(model), ports_of(model)
     config = ports[0].state.config
-    prefill = trace_prefill(model, ports, opset).model
-    decode = trace_decode(model, ports, ports[0].layer.__dict__["pp_layer"].owner, opset).model
-    history = {p.name: p.history() for p in ports if p.learns}
-    compact = {p.name: p.dense() for p in ports}
-    defaults = {}
-    for prefix, groups in (("pp_history", history), ("pp_compact", compact)):
-        tensors = [t for group in groups.values() for t in group.values()]
-        defaults.update(
-            zip(tensor_names(prefix, groups), (t.detach().contiguous().numpy() for t in tensors), strict=True)
-        )
-    merged = merge(prefill, decode, defaults, config.min_select_tokens)
+    owner = next(m.__dict__[INFO].owner for m in model.modules() if INFO in m.__dict__)
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter's hints on packages that play no part here
+    try:
+        with layers.cut_down(model):
+            traced = ports_of(model)
+            prefill = trace_prefill(model, traced, opset).model
+            decode = trace_decode(model, [] if config.decode == "dense" else traced, owner, opset).model
+    except Exception as error:  # the exporter's exceptions share no base class
+        raise ExportError(f"torch.onnx cannot trace this model ({type(error).__name__}: {error})") from error
+    finally:
+        logging.disable(previous)
+    merged = merge(prefill, decode, Outside(model, layers, ports, config.min_select_tokens))
     add_functions(merged)
     return merged
+
+
+def _check(model: Any, opset: int) -> Any:
+    layers_of(model)
+    if opset not in _OPSETS or isinstance(opset, bool):
+        raise InputError(f"opset={opset!r} is not supported; choose 23 or 24 (fused attention came with 23)")
+    if model.training:
+        raise StateError("model is in training mode; call model.eval() before the export")
+    weight = model.get_input_embeddings().weight
+    if weight.dtype not in _DTYPES:
+        raise ExportError(
+            f"dtype={weight.dtype}: onnxruntime's CPU kernels do not cover it; call model.float() or model.half()"
+        )
+    ports = ports_of(model)
+    if not ports:
+        raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")
+    config = ports[0].state.config
+    if config.reprobes:
+        raise ExportError(
+            "decode='probe' and drift_threshold have no ONNX form; transform with decode='sticky' or 'dense'"
+        )
+    return config
+
+
+def _settings(model: Any, config: Any, opset: int) -> dict[str, Any]:
+    from .. import __version__
+
+    card = {
+        "name": type(model).__name__,
+        "macs": count_macs(model, 1, 512).summary + " (1 x 512 tokens)",
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "opset": opset,
+        "mlp": config.mlp_ratio,
+        "attention": config.attention_ratio,
+        "tokens": config.min_select_tokens,
+    }
+    return {
+        "version": __version__,
+        "opset": opset,
+        "dtype": card["dtype"],
+        "min_select_tokens": config.min_select_tokens,
+        "calibrated": bool(ports_of(model)[0].state.calibrated),
+        "config": config.to_dict(),
+        "card": card,
+    }
+
+
+__all__ = ["build", "onnx"]

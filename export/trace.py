@@ -12,11 +12,14 @@ from transformers import DynamicCache
 
 from ..cache import put_selections, selections_on
 from ..macs import _head_size
+from ..transform import layers_of
 from .functions import TRANSLATIONS
+from .layers import detached, tensors_of, with_tensors
 from .ports import Port
 
 History = dict[str, dict[str, Tensor]]
 Compact = dict[str, dict[str, Tensor]]
+Weights = list[dict[str, Tensor]]
 Past = list[tuple[Tensor, Tensor]]
 
 
@@ -27,15 +30,25 @@ class Prefill(nn.Module):
         super().__init__()
         self.model, self.ports = model, ports
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, history: History):
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Past,
+        weights: Weights,
+        history: History,
+    ):
         with contextlib.ExitStack() as stack:
+            for layer, given in zip(layers_of(self.model), weights, strict=True):
+                stack.enter_context(with_tensors(layer, given))
             for port in self.ports:
                 stack.enter_context(port.with_history(history.get(port.name, {})))
             cache = _cache(past)
             logits, present = _run(self.model, input_ids, attention_mask, position_ids, cache)
             updated = {port.name: port.history() for port in self.ports if port.learns}
-        selections: Any = selections_on(cache)
-        compact = {p.name: p.compact(selections.layers[p.index][p.kind]) for p in self.ports}
+            selections: Any = selections_on(cache)
+            compact = {p.name: p.compact(selections.layers[p.index][p.kind]) for p in self.ports}
         return logits, present, updated, compact
 
 
@@ -46,12 +59,23 @@ class Decode(nn.Module):
         super().__init__()
         self.model, self.ports, self.owner = model, ports, owner
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past, compact: Compact):
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Past,
+        weights: Weights,
+        compact: Compact,
+    ):
         cache = _cache(past)
-        selections = put_selections(cache, self.owner)
-        for port in self.ports:
-            selections.layers.setdefault(port.index, {})[port.kind] = port.selection(compact[port.name])
-        return _run(self.model, input_ids, attention_mask, position_ids, cache)
+        with contextlib.ExitStack() as stack:
+            for layer, given in zip(layers_of(self.model), weights, strict=True):
+                stack.enter_context(with_tensors(layer, given))
+            selections = put_selections(cache, self.owner)
+            for port in self.ports:
+                selections.layers.setdefault(port.index, {})[port.kind] = port.selection(compact[port.name])
+            return _run(self.model, input_ids, attention_mask, position_ids, cache)
 
 
 def _cache(past: Past) -> DynamicCache:
@@ -112,7 +136,8 @@ def _export(
     opset: int,
 ) -> Any:
     config = model.config.get_text_config()
-    layers = config.num_hidden_layers
+    weights = [detached(tensors_of(layer)) for layer in layers_of(model)]
+    layers = len(weights)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     batch, past = 2, 7
     weight = model.get_input_embeddings().weight
@@ -123,6 +148,7 @@ def _export(
         "attention_mask": torch.ones(batch, past + length, dtype=torch.int64, device=device),
         "position_ids": torch.arange(past, past + length, device=device).repeat(batch, 1),
         "past": [(pair.clone(), pair.clone()) for _ in range(layers)],
+        "weights": weights,
         **extra[0],
     }
     tokens = {0: "batch_size", 1: "sequence_length"}
@@ -131,9 +157,11 @@ def _export(
         "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
         "position_ids": tokens,
         "past": [({0: "batch_size", 2: "past_sequence_length"},) * 2 for _ in range(layers)],
+        "weights": [dict.fromkeys(tensors) for tensors in weights],
         **extra[1],
     }
     standard = ["input_ids", "attention_mask", "position_ids", *key_value_names("past_key_values", layers)]
+    standard += [f"layer.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.onnx.export(

@@ -61,7 +61,7 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
     """
     mu = _mean(known)
     dropped = torch.zeros_like(mu).index_fill(0, known.dropped, 1)
-    return Compensation(weight @ (mu * dropped).to(weight.dtype), None)
+    return Compensation(torch.nn.functional.linear((mu * dropped).to(weight.dtype), weight), None)
 
 
 def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:

@@ -23,3 +23,7 @@ class CaptureError(UnsupportedModelError):
 
 class InputError(PpFxError, ValueError):
     """Data given to calibration, evaluation or the command line cannot be used."""
+
+
+class ExportError(PpFxError, RuntimeError):
+    """A model cannot be exported, or an exported folder is damaged, incomplete or not one of ours."""

@@ -25,3 +25,16 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
         fp32 [n, m]; not finite where `a` is not.
     """
     return _solve(a, b) if torch.compiler.is_exporting() else _cholesky(a, b)
+
+
+def _boundary(x: Tensor, position: int, enters: bool) -> Tensor:
+    return x.clone()
+
+
+_mark = torch.library.custom_op("pp_fx::boundary", _boundary, mutates_args=())
+_mark.register_fake(lambda x, position, enters: torch.empty_like(x))
+
+
+def boundary(x: Tensor, position: int, enters: bool) -> Tensor:
+    """A copy of the hidden states that marks in a traced graph where the layer at `position` begins or ends."""
+    return _mark(x, position, enters)

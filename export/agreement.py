@@ -1,0 +1,168 @@
+"""`check`: onnxruntime against torch, both phases, on random prompts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnxscript import ir
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from ..cache import selections_on
+from ..capture import find_layers
+from ..config import ProbePruningConfig
+from ..errors import ExportError
+from ..history import history_frozen
+from ..transform import transform
+from .folder import MODEL, read_settings, verify
+from .ort_model import OrtModel
+from .ports import HISTORY, homes, ports_of
+
+_TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
+_AGREEMENT = 0.99
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found.
+
+    Attributes:
+        difference: largest difference of a logit at a real token, over the largest logit (at least 1).
+        agreement: share of the kept units that both chose.
+        tolerance: of `difference`, by the dtype.
+        prompts: how many prompts were compared.
+    """
+
+    difference: float
+    agreement: float
+    tolerance: float
+    prompts: int
+
+    @property
+    def passed(self) -> bool:
+        """Where near-ties are chosen otherwise, the logits may differ: then the choice alone counts."""
+        if self.agreement == 1:
+            return self.difference <= self.tolerance
+        return self.agreement >= _AGREEMENT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types."""
+        return {**asdict(self), "passed": self.passed}
+
+    def require(self) -> None:
+        """Raises:
+
+        ExportError: the comparison failed.
+        """
+        if not self.passed:
+            raise ExportError(
+                f"onnxruntime and torch differ: logits by {self.difference:.2e} (allowed {self.tolerance:.0e}), kept "
+                f"units agree at {self.agreement:.2%}; report this with the model's configuration"
+            )
+
+
+def check(directory: str | Path, *, seed: int = 0) -> Check:
+    """Compare the logits and kept units of an exported folder under onnxruntime with torch.
+
+    The torch model is rebuilt from the folder: configuration, weights and history lie in it. Prompts are random: a
+    single short one, a batch with left padding, a batch long enough for every compensation; then three decode steps.
+
+    Args:
+        directory: what `pp_fx.export.onnx` has written.
+        seed: of the random tokens.
+
+    Raises:
+        ExportError: the folder is damaged or not one of ours. A failed comparison does not raise, see `Check.passed`.
+    """
+    directory = Path(directory)
+    verify(directory)
+    return compare(directory, _rebuild(directory), seed)
+
+
+def compare(directory: Path, model: Any, seed: int = 0) -> Check:
+    """As `check`, against a transformed model in memory, which is left as it is."""
+    ours, generator = OrtModel.from_pretrained(directory), torch.Generator().manual_seed(seed)
+    config = ports_of(model)[0].state.config
+    vocabulary = model.config.get_text_config().vocab_size
+    longest = model.config.get_text_config().max_position_embeddings - 4
+    difference, same, units, shapes = 0.0, 0, 0, _shapes(config, longest)
+    for batch, length in shapes:
+        ids = torch.randint(0, vocabulary, (batch, length + 3), generator=generator)
+        mask = torch.ones_like(ids)
+        if batch > 1:
+            mask[0, : length // 4] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache, ort_cache = DynamicCache(), None
+        cuts = [(0, length), *((length + i, length + i + 1) for i in range(3))]
+        with torch.no_grad(), history_frozen(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for start, stop in cuts:
+                given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+                part = ids[:, start:stop].to(model.device)
+                moved = {k: v.to(model.device) for k, v in given.items()}
+                expected = model(part, past_key_values=cache, use_cache=True, **moved).logits.float().cpu()
+                out = ours(ids[:, start:stop], past_key_values=ort_cache, **given)
+                ort_cache = out.past_key_values
+                real = mask[:, start:stop].bool()
+                scale = expected[real].abs().max().clamp(min=1)
+                difference = max(difference, ((out.logits.float() - expected)[real].abs().max() / scale).item())
+        chosen: Any = selections_on(cache)
+        for port in ports_of(model):
+            torch_kept = chosen.layers[port.index][port.kind].kept.cpu().numpy()
+            ort_kept = ort_cache.compact[f"pp_compact.{port.name}.kept"].numpy()  # type: ignore[union-attr]
+            same += len(np.intersect1d(torch_kept, ort_kept))
+            units += len(torch_kept)
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return Check(difference, same / units, _TOLERANCE[dtype], len(shapes))
+
+
+def _shapes(config: ProbePruningConfig, longest: int) -> list[tuple[int, int]]:
+    """Batch and length of the prompts; lengths no larger than the model allows."""
+    long = min(longest, config.min_select_tokens + 9)
+    return [(1, min(longest, 5)), (2, long), (1 + config.compensation_min_tokens // long, long)]
+
+
+def _rebuild(directory: Path) -> Any:
+    """The transformed torch model out of an exported folder."""
+    settings = read_settings(directory)
+    stored = ir.load(directory / MODEL).graph.initializers
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(directory), dtype=getattr(torch, settings["dtype"])
+    ).eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transform(model, ProbePruningConfig.from_dict(settings["config"]))
+    path, _ = find_layers(model)
+    ports = ports_of(model)
+    moved = homes(path, ports)
+
+    def tensor(name: str) -> torch.Tensor | None:
+        value = stored.get(moved.get(name, name))
+        if value is None:
+            return None
+        found = torch.from_numpy(value.const_value.numpy().copy())  # type: ignore[union-attr]
+        return found.flatten(0, 1) if name in moved and found.ndim == 3 else found
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        found, turned = tensor(name), tensor(f"{name}.T")
+        found = turned.t() if found is None and turned is not None else found
+        if found is None or found.shape != parameter.shape:
+            raise ExportError(f"{directory / MODEL} does not hold the weight {name}; export the model again")
+        weights[name] = found
+    model.load_state_dict(weights, strict=False)  # tied weights have one name here
+    with torch.no_grad():
+        for port in ports:
+            for key in (*HISTORY, "directions"):
+                buffer = getattr(port.state, key)
+                found = tensor(f"pp_history.{port.name}.{key}")
+                found = tensor(f"{path}.{port.index}.pp_{port.kind}.{key}") if found is None else found
+                if buffer is not None and found is not None:
+                    buffer.copy_(found.to(buffer.dtype))
+            port.state.calibrated = settings["calibrated"]
+    return model

@@ -1,0 +1,257 @@
+"""`OrtModel`: an exported folder under onnxruntime, with transformers' own `generate()`.
+
+A prompt selects; what it selected stays on the cache as compact weights in onnxruntime's memory, and decoding feeds
+them back, together with keys and values, without copying them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import ExportError, InputError, StateError
+from .folder import MODEL, read_settings, verify
+
+_ALWAYS, _NEVER = np.array(1, np.int64), np.array(np.iinfo(np.int64).max, np.int64)
+
+
+class OrtCache(Cache):
+    """Keys, values and the selection of one generation, in onnxruntime's memory.
+
+    Attributes:
+        past: input name -> OrtValue [B, kv heads, S, D].
+        compact: input name -> OrtValue, of the last call that selected.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.past: dict[str, Any] = {}
+        self.compact: dict[str, Any] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held."""
+        return next(iter(self.past.values())).shape()[2] if self.past else 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: no limit."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Samples in the order of `beam_idx` [B]; one selection serves all of them, so it stays."""
+        order = beam_idx.cpu().numpy()
+        self._map(lambda value: value[order])
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample `repeats` times."""
+        self._map(lambda value: value.repeat(repeats, 0))
+
+    def crop(self, max_length: int) -> None:
+        """The first `max_length` tokens; a negative number drops so many."""
+        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
+        if length < self.get_seq_length():
+            self._map(lambda value: value[:, :, :length])
+        if length == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        """Empty, without a selection."""
+        self.past, self.compact = {}, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OrtCache:
+        """Shares the tensors, which nothing changes in place."""
+        copied = OrtCache()
+        copied.past, copied.compact = dict(self.past), dict(self.compact)
+        return copied
+
+    def _map(self, change: Any) -> None:
+        self.past = {name: _ort_value(np.ascontiguousarray(change(value.numpy()))) for name, value in self.past.items()}
+
+
+class OrtModel(GenerationMixin):
+    """A causal language model whose forward pass runs in onnxruntime.
+
+    ```python
+    model = pp_fx.export.OrtModel.from_pretrained("out/")
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+    ```
+
+    Attributes:
+        history: input name -> array of the history in use; updated by every call that selects while
+            `updates_history` is set.
+        updates_history: feed the history back (False: it stays as exported).
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    _supports_cache_class = True
+    input_modalities = ("text",)
+
+    def __init__(self, session: Any, config: Any, generation_config: Any, min_select_tokens: int) -> None:
+        self.session, self.config, self.generation_config = session, config, generation_config
+        self.min_select_tokens = min_select_tokens
+        self.device = torch.device("cpu")
+        self.updates_history = False
+        self.history: dict[str, Any] = {}
+        self._inputs = {i.name: i for i in session.get_inputs()}
+        self._outputs = [o.name for o in session.get_outputs()]
+        optional = {i.name for i in session.get_overridable_initializers()}
+        self._compact = [n for n in optional if n.startswith("pp_compact.")]
+        self._history = [n for n in optional if n.startswith("pp_history.")]
+        missing = {"input_ids", "attention_mask", "position_ids"} - set(self._inputs)
+        if missing or "logits" not in self._outputs:
+            raise ExportError(f"{MODEL} lacks {', '.join(sorted(missing)) or 'logits'}; export the model again")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        native: str | Path | None = None,
+    ) -> OrtModel:
+        """Load a folder that `pp_fx.export.onnx` has written.
+
+        Args:
+            directory: the folder.
+            threads: of onnxruntime inside one operator; None: its default (all cores).
+            providers: onnxruntime's execution providers, the preferred one first.
+            native: path of a library of `pp_fx` operators, to be registered with the session.
+
+        Raises:
+            ExportError: a file is missing or is not the one that was written, or onnxruntime cannot load the model.
+        """
+        directory = Path(directory)
+        verify(directory)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # one warning for each optional input otherwise
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if native is not None:
+            options.register_custom_ops_library(str(native))
+        try:
+            session = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=list(providers))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise ExportError(f"onnxruntime cannot load {directory / MODEL} ({error})") from error
+        config = AutoConfig.from_pretrained(directory)
+        generation = GenerationConfig.from_pretrained(directory)
+        return cls(session, config, generation, read_settings(directory)["min_select_tokens"])
+
+    def can_generate(self) -> bool:
+        return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: OrtCache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
+        **ignored: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of a call; a call on an empty cache, or of at least `min_select_tokens` tokens, selects.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, S + T], 0 where padding; S is the length of the cache.
+            position_ids: int64 [B, T]; by default counted over the real tokens.
+            past_key_values: of earlier calls, or None.
+
+        Returns:
+            logits fp32 [B, T, V] and the cache.
+
+        Raises:
+            InputError: shapes do not fit.
+            StateError: the cache is not an OrtCache.
+        """
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids [B, T] with B, T >= 1")
+        cache = OrtCache() if past_key_values is None else past_key_values
+        if not isinstance(cache, OrtCache):
+            raise StateError(f"past_key_values is {type(cache).__name__}; give an OrtCache or None")
+        batch, length, before = *input_ids.shape, cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, before + length, dtype=torch.int64)
+        if attention_mask.shape != (batch, before + length):
+            raise InputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; give {(batch, before + length)}: "
+                "that of the cache and the new tokens"
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        selects = before == 0 or length >= self.min_select_tokens
+        feeds = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids.expand(batch, -1)
+        }  # fmt: skip
+        binding = self.session.io_binding()
+        for name, tensor in feeds.items():
+            binding.bind_ortvalue_input(name, _ort_value(np.ascontiguousarray(tensor.cpu().numpy(), np.int64)))
+        binding.bind_ortvalue_input("pp_min_select_tokens", _ort_value(_ALWAYS if selects else _NEVER))
+        for name, value in (cache.past or self._empty(batch)).items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in (self.history if selects else cache.compact).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits = torch.from_numpy(found["logits"].numpy())
+        if use_cache:
+            cache.past = {n: found[n.replace("past_key_values", "present")] for n in self._inputs if _is_past(n)}
+            if selects:
+                cache.compact = {n: found[n.replace("pp_", "present_", 1)] for n in self._compact}
+        if selects and self.updates_history:
+            self.history = {n: found[n.replace("pp_", "present_", 1)] for n in self._history}
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+
+    def _empty(self, batch: int) -> dict[str, Any]:
+        shapes = {n: i.shape for n, i in self._inputs.items() if _is_past(n)}
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        return {n: _ort_value(np.zeros((batch, s[1], 0, s[3]), types[self._inputs[n].type])) for n, s in shapes.items()}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' GenerationMixin: the tokens that the cache does not hold yet."""
+        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = {"input_ids": input_ids[:, before:], "past_key_values": past_key_values}
+        return {**inputs, "attention_mask": attention_mask, "use_cache": kwargs.get("use_cache", True)}
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """The cache of a generation is always ours."""
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = OrtCache()
+
+    def _reorder_cache(self, past_key_values: OrtCache, beam_idx: Tensor) -> OrtCache:
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith("past_key_values.")
+
+
+def _ort_value(array: Any) -> Any:
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
