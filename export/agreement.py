@@ -145,7 +145,9 @@ def _rebuild(directory: Path) -> Any:
         value = stored.get(moved.get(name, name))
         if value is None:
             return None
-        found = torch.from_numpy(value.const_value.numpy().copy())  # type: ignore[union-attr]
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        found = torch.from_numpy((array.view(np.int16) if array.dtype.name == "bfloat16" else array).copy())
+        found = found.view(torch.bfloat16) if array.dtype.name == "bfloat16" else found
         return found.flatten(0, 1) if name in moved and found.ndim == 3 else found
 
     weights = {}

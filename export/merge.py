@@ -173,7 +173,7 @@ def _store_transposed(graph: ir.Graph, outside: Outside) -> None:
             made[name] = ir.Value(name=name, type=source.type, shape=node.outputs[0].shape)
             graph.inputs.append(made[name])
         ir.convenience.replace_all_uses_with(node.outputs[0], made[name])
-        node.graph.remove(node)  # type: ignore[union-attr]
+        node.graph.remove(node, safe=True)  # type: ignore[union-attr]
 
 
 def _branch(nodes: list[ir.Node], made: list[ir.Value], phase: str, names: list[str], outside: Outside) -> ir.Graph:

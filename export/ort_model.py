@@ -154,6 +154,10 @@ class OrtModel(GenerationMixin):
     def can_generate(self) -> bool:
         return True
 
+    def get_experts_implementation(self) -> dict[str, str]:
+        """transformers asks; there is nothing to switch in a graph."""
+        return {}
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32

@@ -59,11 +59,7 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
     results: list[list[ir.Value]] = []
     own = [[v for v in outputs if position_of(v.name) == position] for position in range(last)]
     for index, kind in enumerate(kinds):
-        mapping: dict[ir.Value, ir.Value] = {
-            v: leaf(v.name, index)
-            for v in graph.inputs
-            if position_of(v.name) == kind  # type: ignore[arg-type]
-        }
+        mapping = {v: leaf(str(v.name), index) for v in graph.inputs if position_of(v.name) == kind and v.uses()}
         mapping[enters[kind].outputs[0]] = hidden
         made += [_clone(node, mapping, f"layer{index}/") for node in parts[kind]]
         hidden = mapping.get(leaves[kind].inputs[0], leaves[kind].inputs[0])
