@@ -184,29 +184,33 @@ def _branch(nodes: list[ir.Node], made: list[ir.Value], phase: str, names: list[
         node.metadata_props.clear()  # where in Python it came from
         for value in node.outputs:
             value.name = f"{phase}/{value.name}"
-    results = []
+    inside, results = set(nodes), []
     for name in names:
         if name in own:
             source = own[name]
         elif name.startswith("present_history."):
             source = outside.optional[name.replace("present_", "pp_", 1)]
         else:
-            like = outside.optional[name.replace("present_", "pp_", 1)]
-            nothing = np.zeros((0, *like.shape[1:]), like.dtype.numpy())  # type: ignore[index,union-attr]
-            constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(nothing))])
-            constant.outputs[0].name, constant.outputs[0].type = f"{phase}/{name}/empty", like.type
-            constant.outputs[0].shape = ir.Shape(nothing.shape)
-            nodes.append(constant)
-            source = constant.outputs[0]
-        last = ir.Node("", "Identity", [source], name=f"{phase}/{name}/last")
-        last.outputs[0].name, last.outputs[0].type, last.outputs[0].shape = (
-            f"{phase}/{name}/out",
-            source.type,
-            source.shape,
-        )
-        nodes.append(last)
-        results.append(last.outputs[0])
+            source = _empty(outside.optional[name.replace("present_", "pp_", 1)], f"{phase}/{name}/empty", nodes)
+            inside.add(source.producer())  # type: ignore[arg-type]
+        if source.producer() not in inside or source in results:  # a branch returns values of its own, each once
+            last = ir.Node("", "Identity", [source], name=f"{phase}/{name}/last")
+            last.outputs[0].name = f"{phase}/{name}/out"
+            last.outputs[0].type, last.outputs[0].shape = source.type, source.shape
+            nodes.append(last)
+            source = last.outputs[0]
+        results.append(source)
     return ir.Graph([], results, nodes=nodes, name=phase)
+
+
+def _empty(like: ir.Value, name: str, nodes: list[ir.Node]) -> ir.Value:
+    """A constant of the same type with no rows."""
+    nothing = np.zeros((0, *like.shape[1:]), like.dtype.numpy())  # type: ignore[index,union-attr]
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(nothing))], name=name)
+    constant.outputs[0].name, constant.outputs[0].type = name, like.type
+    constant.outputs[0].shape = ir.Shape(nothing.shape)
+    nodes.append(constant)
+    return constant.outputs[0]
 
 
 def _fingerprint(array: Any) -> str:
