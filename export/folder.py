@@ -33,9 +33,10 @@ these run. Method: Probe Pruning (arXiv 2502.15618).
 - `present_compact.*` of the prompt's call, fed back as `pp_compact.*`, make decoding run the prompt's selection. Tools
   that do not know them get right, unpruned decoding.
 - `present_history.*`, fed back as `pp_history.*`, keep the history learning; without them it stays as exported.
+- `num_logits_to_keep` (default 0): logits of so many last tokens alone; 0 means all.
 - `pp_min_select_tokens` (default {tokens}): 1 makes a call select whatever its length.
 
-All `pp_*` inputs are optional: they are initializers. `pp_fx.export.OrtModel` feeds them for you.
+All of these are optional: they are initializers. `pp_fx.export.OrtModel` feeds them for you.
 """
 
 

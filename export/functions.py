@@ -58,6 +58,7 @@ def Solve(A, B):
             if finished:
                 break
         inverse = inverse + opset23.MatMul(inverse, wrong)
+        inverse = inverse + opset23.MatMul(inverse, small - opset23.MatMul(pivot, inverse))
         solved = opset23.MatMul(inverse * scale * opset23.Transpose(scale, perm=[1, 0]), rows)
         rest = work - opset23.MatMul(opset23.Slice(work, start, stop, one), solved)
         work = opset23.Concat(

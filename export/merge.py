@@ -18,6 +18,8 @@ from .repeat import position_of, rename, repeat
 
 MIN_SELECT = "pp_min_select_tokens"
 """Input with a default: calls of at least so many tokens select."""
+KEEP_LOGITS = "num_logits_to_keep"
+"""Input with a default, 0: logits of so many last tokens alone are computed; 0 means all (as in transformers.js)."""
 
 
 class Outside:
@@ -42,6 +44,7 @@ class Outside:
             for name, p in model.named_parameters()
             if p.ndim == 2 and not name.startswith(f"{layers.path}.")
         }
+        self.optional[KEEP_LOGITS] = _initializer(KEEP_LOGITS, np.array(0, np.int64))
         self.optional[MIN_SELECT] = _initializer(MIN_SELECT, np.array(min_select_tokens, np.int64))
         for port in ports:
             for key, tensor in port.history().items():
@@ -151,12 +154,43 @@ def _phase(model: ir.Model, outside: Outside) -> tuple[list[ir.Node], list[ir.Va
             ir.convenience.replace_all_uses_with(value, outside.inputs[str(value.name)])
     for value in graph.initializers.values():
         ir.convenience.replace_all_uses_with(value, outside.constant(value))
+    _keep_logits(graph, outside)
     _store_transposed(graph, outside)
     before: list[ir.Node] = []
     outputs = repeat(graph, outside.layers.kinds, lambda name, index: outside.value(name, index, before))
     nodes = list(graph)
     graph.remove(nodes)
     return [*before, *nodes], outputs
+
+
+def _keep_logits(graph: ir.Graph, outside: Outside) -> None:
+    """Cut the LM head's input to its last rows: a prompt needs no others, and the head is a large part of its work."""
+    head = outside.model.get_output_embeddings().weight
+    names = [n for n, p in outside.model.named_parameters(remove_duplicate=False) if p is head]
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        while weight is not None and weight.producer() is not None and weight.producer().op_type == "Transpose":
+            weight = weight.producer().inputs[0]  # type: ignore[union-attr]
+        if weight is None or str(weight.name).removesuffix(".T") not in names:
+            continue
+        kept, hidden = outside.optional[KEEP_LOGITS], node.inputs[0]
+        steps = [
+            ir.Node("", "Neg", [kept]),
+            ir.Node("", "Constant", [], [ir.AttrInt64("value_int", 0)]),
+            ir.Node("", "Constant", [], [ir.AttrInt64("value_int", -(2**62))]),
+            ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [1])]),
+            ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [2**62])]),
+        ]
+        negative, zero, first, axis, end = (s.outputs[0] for s in steps)
+        steps.append(ir.Node("", "Equal", [kept, zero]))
+        steps.append(ir.Node("", "Where", [steps[-1].outputs[0], first, negative]))
+        steps.append(ir.Node("", "Reshape", [steps[-1].outputs[0], axis]))
+        steps.append(ir.Node("", "Slice", [hidden, steps[-1].outputs[0], end, axis]))
+        for index, step in enumerate(steps):
+            step.outputs[0].name = f"kept_logits_{index}"
+        graph.insert_before(node, steps)
+        node.replace_input_with(0, steps[-1].outputs[0])
+        return
 
 
 def _store_transposed(graph: ir.Graph, outside: Outside) -> None:

@@ -172,6 +172,7 @@ class OrtModel(GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: OrtCache | None = None,
         use_cache: bool = True,
+        logits_to_keep: int = 0,
         return_dict: bool = True,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
@@ -182,9 +183,10 @@ class OrtModel(GenerationMixin):
             attention_mask: [B, S + T], 0 where padding; S is the length of the cache.
             position_ids: int64 [B, T]; by default counted over the real tokens.
             past_key_values: of earlier calls, or None.
+            logits_to_keep: compute the logits of so many last tokens alone; 0: of all T.
 
         Returns:
-            logits fp32 [B, T, V] and the cache.
+            logits fp32 [B, T or logits_to_keep, V] and the cache.
 
         Raises:
             InputError: shapes do not fit.
@@ -212,6 +214,7 @@ class OrtModel(GenerationMixin):
         binding = self.session.io_binding()
         for name, tensor in feeds.items():
             binding.bind_ortvalue_input(name, _ort_value(np.ascontiguousarray(tensor.cpu().numpy(), np.int64)))
+        binding.bind_ortvalue_input("num_logits_to_keep", _ort_value(np.array(logits_to_keep, np.int64)))
         binding.bind_ortvalue_input("pp_min_select_tokens", _ort_value(_ALWAYS if selects else _NEVER))
         for name, value in (cache.past or self._empty(batch)).items():
             binding.bind_ortvalue_input(name, value)
@@ -241,7 +244,8 @@ class OrtModel(GenerationMixin):
         """transformers' GenerationMixin: the tokens that the cache does not hold yet."""
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {"input_ids": input_ids[:, before:], "past_key_values": past_key_values}
-        return {**inputs, "attention_mask": attention_mask, "use_cache": kwargs.get("use_cache", True)}
+        kept = {k: kwargs[k] for k in ("use_cache", "logits_to_keep") if k in kwargs}
+        return {**inputs, "attention_mask": attention_mask, **kept}
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """The cache of a generation is always ours."""

@@ -50,6 +50,13 @@ class Port:
         return self.layer.groups[self.kind]
 
     @property
+    def inputs(self) -> list[tuple[str, Any]]:
+        """The input projections by label; parts of one fused layer are numbered."""
+        labels = [part.label for part in self.group.inputs]
+        numbered = [f"{name}{i}" if labels.count(name) > 1 else name for i, name in enumerate(labels)]
+        return list(zip(numbered, self.group.inputs, strict=True))
+
+    @property
     def learns(self) -> bool:
         """Whether prefill updates the history."""
         return self.state.energy is not None and self.state.mode == "run"
@@ -74,13 +81,13 @@ class Port:
         """The selection that keeps every unit: `compact` of the whole weights."""
         layer, group, state = self.layer, self.group, self.state
         found = {"kept": torch.arange(state.units)}
-        for part in group.inputs:
+        for label, part in self.inputs:
             weight = layer.get_parameter(part.path)
             weight = weight.t() if part.transposed else weight
             rows = slice(None) if part.rows is None else list(part.rows)
-            found[part.label] = self._units(weight[rows])
+            found[label] = self._units(weight[rows])
             if part.bias is not None:
-                found[f"{part.label}_bias"] = layer.get_parameter(str(part.bias.target))[rows]
+                found[f"{label}_bias"] = layer.get_parameter(str(part.bias.target))[rows]
         weight = output_weight(layer, group)
         bias = group.output.bias
         found["output"] = self._units(weight.t())
@@ -92,10 +99,10 @@ class Port:
         assert selection.inputs is not None or not self.group.inputs
         assert selection.output is not None
         found = {"kept": selection.kept}
-        for part, (linear, _) in zip(self.group.inputs, selection.inputs or [], strict=True):
-            found[part.label] = self._units(linear[0])
+        for (label, _), (linear, _) in zip(self.inputs, selection.inputs or [], strict=True):
+            found[label] = self._units(linear[0])
             if linear[1] is not None:
-                found[f"{part.label}_bias"] = linear[1]
+                found[f"{label}_bias"] = linear[1]
         weight, bias = selection.output
         found["output"] = self._units(weight.t())
         found["output_bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
@@ -107,9 +114,9 @@ class Port:
         selection = Selection(kept, self.state.columns_of(kept), self.layer.__dict__[LAYER].version)
         selection.compacts = True
         selection.inputs = []
-        for part in self.group.inputs:
-            weight = self._rows(compact[part.label])
-            selection.inputs.append(((weight, compact.get(f"{part.label}_bias")), [weight.shape[0]]))
+        for label, _ in self.inputs:
+            weight = self._rows(compact[label])
+            selection.inputs.append(((weight, compact.get(f"{label}_bias")), [weight.shape[0]]))
         selection.output = self._rows(compact["output"]).t(), compact["output_bias"]
         return selection
 
@@ -141,9 +148,9 @@ def homes(path: str, ports: list[Port]) -> dict[str, str]:
     """
     found = {}
     for port in ports:
-        for part in port.group.inputs:
+        for label, part in port.inputs:
             if part.rows is None and not part.transposed:
-                found[f"{path}.{port.index}.{part.path}"] = f"pp_compact.{port.name}.{part.label}"
+                found[f"{path}.{port.index}.{part.path}"] = f"pp_compact.{port.name}.{label}"
         if not port.group.output.transposed:
             found[f"{path}.{port.index}.{port.group.output.path}.T"] = f"pp_compact.{port.name}.output"
     return found

@@ -63,7 +63,7 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
         mapping[enters[kind].outputs[0]] = hidden
         made += [_clone(node, mapping, f"layer{index}/") for node in parts[kind]]
         hidden = mapping.get(leaves[kind].inputs[0], leaves[kind].inputs[0])
-        results.append([mapping.get(v, v) for v in own[kind]])
+        results.append([mapping[v] if v in mapping else _passed_on(v, made) for v in own[kind]])
         for value, old in zip(results[-1], own[kind], strict=True):
             value.name = rename(old.name, kind, index)  # type: ignore[arg-type]
             value.type, value.shape = old.type, old.shape
@@ -76,6 +76,12 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
     graph.remove(nodes)
     graph.extend(made)
     return [*rest, *(v for values in results for v in values)]
+
+
+def _passed_on(value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """A value that all layers share, as one of its own: every output has a name."""
+    nodes.append(ir.Node("", "Identity", [value]))
+    return nodes[-1].outputs[0]
 
 
 def position_of(name: str | None) -> int | None:

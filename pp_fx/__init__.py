@@ -1,5 +1,8 @@
 """Probe Pruning for transformers models, as torch.fx graph passes (arXiv 2502.15618)."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import errors
 from .allocate import allocate
 from .calibrate import calibrate
@@ -9,6 +12,9 @@ from .explain import explain
 from .history import history_frozen
 from .transform import is_transformed, restore, transform
 
+if TYPE_CHECKING:
+    from . import export
+
 __all__ = [
     "ProbeConfig",
     "ProbePruningConfig",
@@ -17,9 +23,17 @@ __all__ = [
     "compare",
     "errors",
     "explain",
+    "export",
     "history_frozen",
     "is_transformed",
     "restore",
     "transform",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`pp_fx.export` on first use: a plain `import pp_fx` loads nothing of it."""
+    if name == "export":
+        return importlib.import_module(".export", __name__)
+    raise AttributeError(f"module {__name__} has no attribute {name!r}")

@@ -135,6 +135,48 @@ def bench_command(
         console.print(_bench_table(result))
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write: model.onnx and everything around it.")],
+    calibration: Annotated[
+        str | None, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}; none: no history.")
+    ] = PYTHON_DOCS,
+    mlp_ratio: MlpRatio = None,
+    attention_ratio: AttentionRatio = None,
+    preset: Preset = "default",
+    config: Config = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    opset: Annotated[int, typer.Option(help="ONNX opset, 23 or 24.")] = 23,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Write MODEL, pruned, as an ONNX folder for onnxruntime, and compare it with torch."""
+    from .export import check, onnx
+
+    console = _console(json_file)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    if dtype not in ("float32", "float16"):
+        raise InputError(f"dtype={dtype!r} is unknown; choose float32 or float16")
+    sample = None if calibration is None else read(calibration)
+    loaded, tokenizer = load(model, torch.float32)
+    transform(loaded, settings)
+    if sample is not None:
+        calibrate(loaded, sequences(sample, tokenizer, *_CALIBRATION), progress=json_file != "-")
+    if dtype == "float16":
+        loaded.half()
+    onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite, verify=False)
+    found = check(directory)
+    size = sum(f.stat().st_size for f in directory.iterdir())
+    result = {"model": model, "directory": str(directory), "bytes": size, "check": found.to_dict()}
+    _write({**result, "config": settings.to_dict(), "versions": versions()}, json_file)
+    found.require()
+    console.print(
+        f"{directory}: {size / 1e6:.0f} MB; onnxruntime and torch differ by {found.difference:.1e} of the largest "
+        f"logit, kept units agree at {found.agreement:.2%}"
+    )
+
+
 def _bench_table(result: dict[str, Any]) -> Table:
     settings, head = result["settings"], result["with_head"]
     shape = f"{settings['batch']} x {settings['length']}"

@@ -141,7 +141,7 @@ def _covariance(known: Known, mu: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance about `mu`, part history, part probe, as (Z [n, C], d [C]): diag(d) + Z.T @ Z."""
     parts, diagonal = [], torch.zeros_like(mu)
     share: Tensor | float = known.share if known.rows is not None else 1.0
-    share = torch.as_tensor(share, dtype=mu.dtype, device=mu.device)
+    share = mu.new_ones(()) * share
     if known.mean is not None and known.variance is not None:
         spread = known.variance
         if known.directions is not None:
