@@ -57,6 +57,7 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
     made: list[ir.Node] = list(shared)
     hidden = enters[0].inputs[0]
     results: list[list[ir.Value]] = []
+    names = {v: str(v.name) for v in outputs}
     own = [[v for v in outputs if position_of(v.name) == position] for position in range(last)]
     for index, kind in enumerate(kinds):
         mapping = {v: leaf(str(v.name), index) for v in graph.inputs if position_of(v.name) == kind and v.uses()}
@@ -65,13 +66,15 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
         hidden = mapping.get(leaves[kind].inputs[0], leaves[kind].inputs[0])
         results.append([mapping[v] if v in mapping else _passed_on(v, made) for v in own[kind]])
         for value, old in zip(results[-1], own[kind], strict=True):
-            value.name = rename(old.name, kind, index)  # type: ignore[arg-type]
+            old.name = f"traced/{names[old]}"  # the name is free for the layer's own
+            value.name = rename(names[old], kind, index)
             value.type, value.shape = old.type, old.shape
     tail = {leaves[last - 1].outputs[0]: hidden}
     made += [_clone(node, tail, "") for node in parts[last]]
-    rest = [tail.get(v, v) for v in outputs if position_of(v.name) is None]
-    for value, old in zip(rest, (v for v in outputs if position_of(v.name) is None), strict=True):
-        value.name, value.type, value.shape = old.name, old.type, old.shape
+    common = [v for v in outputs if position_of(names[v]) is None]
+    rest = [tail.get(v, v) for v in common]
+    for value, old in zip(rest, common, strict=True):
+        value.name, value.type, value.shape = names[old], old.type, old.shape
     graph.outputs.clear()
     graph.remove(nodes)
     graph.extend(made)

@@ -85,7 +85,7 @@ def build(model: Any, opset: int) -> ir.Model:
         with layers.cut_down(model):
             traced = ports_of(model)
             prefill = trace_prefill(model, traced, opset).model
-            decode = trace_decode(model, [] if config.decode == "dense" else traced, owner, opset).model
+            decode = trace_decode(model, traced, owner, opset).model
     except Exception as error:  # the exporter's exceptions share no base class
         raise ExportError(f"torch.onnx cannot trace this model ({type(error).__name__}: {error})") from error
     finally:
