@@ -92,6 +92,7 @@ class OrtModel(GenerationMixin):
     Attributes:
         history: input name -> array of the history in use; updated by every call that selects while
             `updates_history` is set.
+        reuses: decoding runs the prompt's selection (False: all units, decode="dense").
         updates_history: feed the history back (False: it stays as exported).
     """
 
@@ -100,9 +101,11 @@ class OrtModel(GenerationMixin):
     _supports_cache_class = True
     input_modalities = ("text",)
 
-    def __init__(self, session: Any, config: Any, generation_config: Any, min_select_tokens: int) -> None:
+    def __init__(
+        self, session: Any, config: Any, generation_config: Any, min_select_tokens: int, reuses: bool = True
+    ) -> None:
         self.session, self.config, self.generation_config = session, config, generation_config
-        self.min_select_tokens = min_select_tokens
+        self.min_select_tokens, self.reuses = min_select_tokens, reuses
         self.device = torch.device("cpu")
         self.updates_history = False
         self.history: dict[str, Any] = {}
@@ -149,7 +152,9 @@ class OrtModel(GenerationMixin):
             raise ExportError(f"onnxruntime cannot load {directory / MODEL} ({error})") from error
         config = AutoConfig.from_pretrained(directory)
         generation = GenerationConfig.from_pretrained(directory)
-        return cls(session, config, generation, read_settings(directory)["min_select_tokens"])
+        settings = read_settings(directory)
+        reuses = settings["config"]["decode"] != "dense"
+        return cls(session, config, generation, settings["min_select_tokens"], reuses)
 
     def can_generate(self) -> bool:
         return True
@@ -218,7 +223,8 @@ class OrtModel(GenerationMixin):
         binding.bind_ortvalue_input("pp_min_select_tokens", _ort_value(_ALWAYS if selects else _NEVER))
         for name, value in (cache.past or self._empty(batch)).items():
             binding.bind_ortvalue_input(name, value)
-        for name, value in (self.history if selects else cache.compact).items():
+        reused = cache.compact if self.reuses else {}
+        for name, value in (self.history if selects else reused).items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
