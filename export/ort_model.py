@@ -178,6 +178,7 @@ class OrtModel(GenerationMixin):
         past_key_values: OrtCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        selects: bool | None = None,
         return_dict: bool = True,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
@@ -188,6 +189,8 @@ class OrtModel(GenerationMixin):
             attention_mask: [B, S + T], 0 where padding; S is the length of the cache.
             position_ids: int64 [B, T]; by default counted over the real tokens.
             past_key_values: of earlier calls, or None.
+            selects: True selects whatever the length; False runs the cache's selection, or without one the whole
+                weights (dense).
             logits_to_keep: compute the logits of so many last tokens alone; 0: of all T.
 
         Returns:
@@ -212,7 +215,8 @@ class OrtModel(GenerationMixin):
             )
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        selects = before == 0 or length >= self.min_select_tokens
+        if selects is None:
+            selects = before == 0 or length >= self.min_select_tokens
         feeds = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids.expand(batch, -1)
         }  # fmt: skip

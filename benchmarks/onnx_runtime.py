@@ -1,0 +1,175 @@
+"""Time under onnxruntime on the CPU: our pruned file against onnxruntime-genai's dense export and our own dense run.
+
+All three are interleaved in one process with the same session options; medians of wall time. Needs the packages of
+`pp-fx[onnxruntime]` and onnxruntime-genai (its model builder writes the dense file):
+
+    pip install --no-deps onnxruntime-genai
+    python benchmarks/onnx_runtime.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from pp_fx.export import OrtModel
+from report import bars, write_json
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+import pp_fx
+import pp_fx.text
+from pp_fx.cli import versions
+from pp_fx.models import load
+
+LAST = "pruned, last logits"
+
+
+class Genai:
+    """The dense file of onnxruntime-genai's model builder, with keys and values kept in onnxruntime's memory."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+        config = AutoConfig.from_pretrained(folder.with_name("hf"))
+        self.shape = config.num_key_value_heads, 0, config.head_dim
+        self.past: dict[str, Any] = {}
+
+    def __call__(self, ids: torch.Tensor, keeps: bool = False) -> None:
+        batch, length = ids.shape
+        before = next(iter(self.past.values())).shape()[2] if keeps else 0
+        binding = self.session.io_binding()
+        given = {
+            "input_ids": ids.numpy(),
+            "attention_mask": np.ones((batch, before + length), np.int64),
+            "position_ids": np.arange(before, before + length)[None].repeat(batch, 0),
+        }
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        for i in self.session.get_inputs():
+            if i.name in given:
+                binding.bind_ortvalue_input(i.name, value(given[i.name]))
+            elif keeps:
+                binding.bind_ortvalue_input(i.name, self.past[i.name.replace("past_key_values", "present")])
+            else:
+                binding.bind_ortvalue_input(i.name, value(np.zeros((batch, *self.shape), np.float32)))
+        names = [o.name for o in self.session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        self.past = {n: v for n, v in zip(names, binding.get_outputs(), strict=True) if n != "logits"}
+
+
+class Ours:
+    """Our file; `dense` never selects."""
+
+    def __init__(self, folder: Path, threads: int, dense: bool) -> None:
+        self.model, self.dense = OrtModel.from_pretrained(folder, threads=threads), dense
+        self.cache: Any = None
+
+    def __call__(self, ids: torch.Tensor, keeps: bool = False, logits: int = 0) -> None:
+        before = self.cache if keeps else None
+        out = self.model(ids, past_key_values=before, logits_to_keep=logits, selects=False if self.dense else None)
+        self.cache = out.past_key_values
+
+
+def medians(calls: dict[str, Any], repeats: int, warm_up: int) -> dict[str, float]:
+    """Milliseconds of each call, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + warm_up):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+
+
+def run(folder: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for threads in (1, 2):
+        genai, pruned, own = Genai(dense, threads), Ours(folder, threads, False), Ours(folder, threads, True)
+        for batch, length in ((2, 512), (4, 512)):
+            ids = torch.randint(0, 49000, (batch, length))
+            found = medians(
+                {
+                    "genai dense": partial(genai, ids),
+                    "own dense": partial(own, ids),
+                    "pruned": partial(pruned, ids),
+                    LAST: partial(pruned, ids, logits=1),
+                },
+                repeats,
+                1,
+            )
+            rows.append({"phase": f"prefill {batch} x {length}", "threads": threads, "ms": found})
+        prompt, token = torch.randint(0, 49000, (1, 128)), torch.tensor([[5]])
+        for side in (genai, own, pruned):
+            side(prompt)
+        calls = {
+            "genai dense": partial(genai, token, True),
+            "own dense": partial(own, token, True),
+            "pruned": partial(pruned, token, True),
+        }
+        found = medians(calls, 10 * repeats, 5)
+        rows.append({"phase": "decode 1 x 128", "threads": threads, "ms": found})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx-runtime"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, tokenizer = load("smollm2", torch.float32)
+        model.save_pretrained(folder / "hf")
+        tokenizer.save_pretrained(folder / "hf")
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(folder / "hf")]
+        where = ["-o", str(folder / "genai"), "-p", "fp32", "-e", "cpu"]
+        subprocess.run([*builder, *where], check=True, capture_output=True)
+        config = pp_fx.ProbePruningConfig(mlp_ratio=0.4)
+        pp_fx.transform(model, config)
+        text = pp_fx.text.sequences(pp_fx.text.read(pp_fx.text.PYTHON_DOCS), tokenizer, 16, 512)
+        pp_fx.calibrate(model, text)
+        start = time.perf_counter()
+        pp_fx.export.onnx(model, folder / "pruned", tokenizer=tokenizer)
+        seconds = time.perf_counter() - start
+        rows = run(folder / "pruned", folder / "genai", options.repeats)
+    table = Table(title="smollm2, fp32, MLP 40%, onnxruntime, milliseconds")
+    columns = ("phase", "threads", "genai dense", "own dense", "pruned", "/ genai", "/ own", "last logits / genai")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for row in rows:
+        ms = row["ms"]
+        numbers = [f"{ms[name]:.1f}" for name in ("genai dense", "own dense", "pruned")]
+        ratios = [f"{ms['pruned'] / ms[name]:.3f}" for name in ("genai dense", "own dense")]
+        last = f"{ms[LAST] / ms['genai dense']:.3f}" if LAST in ms else ""
+        table.add_row(row["phase"], str(row["threads"]), *numbers, *ratios, last)
+    Console().print(table)
+    result = {
+        "model": "smollm2, fp32, MLP 40%",
+        "export_seconds": seconds,
+        "rows": rows,
+        "versions": {**versions(), "onnxruntime": onnxruntime.__version__},
+    }
+    write_json(options.out.with_suffix(".json"), result)
+    labels = [f"{row['phase']}, {row['threads']} threads" for row in rows]
+    series = {
+        f"/ {name}": [row["ms"]["pruned"] / row["ms"][name] for row in rows] for name in ("genai dense", "own dense")
+    }
+    bars(options.out.with_suffix(".png"), "SmolLM2 under onnxruntime, MLP 40%", "pruned / dense time", labels, series)
+
+
+if __name__ == "__main__":
+    main()
