@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from pp_fx.cli import app
@@ -98,3 +99,23 @@ def test_import_stays_lean():
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_export_writes_a_folder_that_generates(folder, tmp_path):
+    from pp_fx.export import OrtModel
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
+    result = run("export", folder, str(tmp_path / "out"), "--calibration", str(text), "--mlp-ratio", "0.3",
+                 "--json", "-")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["check"]["passed"]
+    assert data["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("the quick", return_tensors="pt").input_ids
+    assert OrtModel.from_pretrained(tmp_path / "out").generate(inputs, max_new_tokens=3).shape[1] <= inputs.shape[1] + 3
+    again = run("export", folder, str(tmp_path / "out"))
+    assert isinstance(again.exception, PpFxError)
+    assert "not empty" in str(again.exception)
