@@ -12,13 +12,15 @@ from ..errors import ExportError
 
 if TYPE_CHECKING:
     from .agreement import Check, check
+    from .folder import check_target
     from .ort_model import OrtCache, OrtModel
     from .to_onnx import onnx
 
-__all__ = ["Check", "OrtCache", "OrtModel", "check", "onnx"]
+__all__ = ["Check", "OrtCache", "OrtModel", "check", "check_target", "onnx"]
 _HOME = {
     "onnx": "to_onnx",
     "check": "agreement",
+    "check_target": "folder",
     "Check": "agreement",
     "OrtModel": "ort_model",
     "OrtCache": "ort_model",

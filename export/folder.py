@@ -40,17 +40,25 @@ All of these are optional: they are initializers. `pp_fx.export.OrtModel` feeds 
 """
 
 
-def prepare(directory: str | Path, overwrite: bool) -> Path:
-    """A folder next to `directory` to write into; `finish` puts it in place.
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Raises:
 
-    Raises:
-        InputError: `directory` is a file, or holds files and `overwrite` is not set.
+    InputError: `directory` is a file, or holds files and `overwrite` is not set.
     """
-    directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={str(directory)!r} is a file; give a folder")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise InputError(f"directory={str(directory)!r} is not empty; give another one or overwrite=True")
+
+
+def prepare(directory: str | Path, overwrite: bool) -> Path:
+    """A folder next to `directory` to write into; `finish` puts it in place.
+
+    Raises:
+        InputError: as `check_target`.
+    """
+    directory = Path(directory)
+    check_target(directory, overwrite)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -152,8 +152,9 @@ def export_command(
     json_file: Json = None,
 ) -> None:
     """Write MODEL, pruned, as an ONNX folder for onnxruntime, and compare it with torch."""
-    from .export import check, onnx
+    from .export import check, check_target, onnx
 
+    check_target(directory, overwrite)
     console = _console(json_file)
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
     if dtype not in ("float32", "float16"):

@@ -116,6 +116,6 @@ def test_export_writes_a_folder_that_generates(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = tokenizer("the quick", return_tensors="pt").input_ids
     assert OrtModel.from_pretrained(tmp_path / "out").generate(inputs, max_new_tokens=3).shape[1] <= inputs.shape[1] + 3
-    again = run("export", folder, str(tmp_path / "out"))
+    again = run("export", folder, str(tmp_path / "out"), "--mlp-ratio", "0.3")
     assert isinstance(again.exception, PpFxError)
     assert "not empty" in str(again.exception)
