@@ -15,6 +15,7 @@ from onnxscript import ir
 from .layers import Layers
 from .ports import Port, homes
 from .repeat import position_of, rename, repeat
+from .simplify import group_heads
 
 MIN_SELECT = "pp_min_select_tokens"
 """Input with a default: calls of at least so many tokens select."""
@@ -148,6 +149,7 @@ def merge(prefill: ir.Model, decode: ir.Model, outside: Outside) -> ir.Model:
 
 def _phase(model: ir.Model, outside: Outside) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes and named outputs of a phase with all layers, reading from outside."""
+    group_heads(model)
     graph = model.graph
     for value in graph.inputs:
         if position_of(value.name) is None:

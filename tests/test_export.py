@@ -226,6 +226,26 @@ def test_other_configurations(changes, tmp_path):
     assert found.difference < 1e-4
 
 
+def test_half_precision(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.4)
+    pp_fx.export.onnx(pruned(model).half(), tmp_path / "out")
+    found = check(tmp_path / "out")
+    assert found.passed
+    assert found.difference < 5e-3
+
+
+def test_attention_shares_the_key_value_heads(exported):
+    """Where all heads run, keys and values are not repeated for the query heads of their group."""
+    graph = ir.load(exported[1] / "model.onnx").graph
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    repeated = [n for n in nodes if n.op_type == "Attention" and n.inputs[1].producer().op_type == "Reshape"]
+    assert sum(n.op_type == "Attention" for n in nodes) >= 2 * 3
+    assert not repeated
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (31, 3), (32, 5), (33, 1), (100, 7), (321, 64)])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_the_body_of_solve_is_as_exact_as_cholesky(n, m, scale):
