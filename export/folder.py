@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ All of these are optional: they are initializers. `pp_fx.export.OrtModel` feeds 
 def check_target(directory: Path, overwrite: bool) -> None:
     """Raises:
 
-    InputError: `directory` is a file, or holds files and `overwrite` is not set.
+    InputError: `directory` is a file, or holds files and `overwrite` is not set, or files of others.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory={str(directory)!r} is a file; give a folder")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise InputError(f"directory={str(directory)!r} is not empty; give another one or overwrite=True")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / SETTINGS).is_file():
+        raise InputError(f"directory={str(directory)!r} was not written by pp_fx.export.onnx; give another one")
 
 
 def prepare(directory: str | Path, overwrite: bool) -> Path:
@@ -57,20 +60,22 @@ def prepare(directory: str | Path, overwrite: bool) -> Path:
     Raises:
         InputError: as `check_target`.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     check_target(directory, overwrite)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    partial.chmod(0o755)  # mkdtemp's is for the owner alone
     return partial
 
 
 def finish(partial: Path, directory: str | Path) -> None:
-    """Move the finished folder into place; what was there is replaced."""
-    directory = Path(directory)
+    """Move the finished folder into place; what was there goes only then."""
+    directory = Path(directory).resolve()
+    former = partial.with_name(f"{partial.name}.former")
     if directory.is_dir():
-        shutil.rmtree(directory)
+        directory.rename(former)
     partial.rename(directory)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def write_configs(directory: Path, model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
@@ -120,6 +125,11 @@ def verify(directory: Path) -> None:
             raise ExportError(f"{path} is not the file that was exported (checksum differs); export the model again")
 
 
+def context_length(config: Any) -> int:
+    """Tokens that a model is made for; 2048 where its configuration sets no limit (alibi)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
 def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -143,7 +153,7 @@ def _genai(config: Any, generation: Any) -> dict[str, Any]:
         "past_value_names": "past_key_values.%d.value",
     }
     outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-    length = config.max_position_embeddings
+    length = context_length(config)
     return {
         "model": {
             "type": "llama",
