@@ -90,7 +90,7 @@ class OrtModel(GenerationMixin):
     ```
 
     Attributes:
-        history: input name -> array of the history in use; updated by every call that selects while
+        history: input name -> OrtValue of the history in use; updated by every call that selects while
             `updates_history` is set.
         reuses: decoding runs the prompt's selection (False: all units, decode="dense").
         updates_history: feed the history back (False: it stays as exported).
@@ -125,7 +125,6 @@ class OrtModel(GenerationMixin):
         *,
         threads: int | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
-        native: str | Path | None = None,
     ) -> OrtModel:
         """Load a folder that `pp_fx.export.onnx` has written.
 
@@ -133,7 +132,6 @@ class OrtModel(GenerationMixin):
             directory: the folder.
             threads: of onnxruntime inside one operator; None: its default (all cores).
             providers: onnxruntime's execution providers, the preferred one first.
-            native: path of a library of `pp_fx` operators, to be registered with the session.
 
         Raises:
             ExportError: a file is missing or is not the one that was written, or onnxruntime cannot load the model.
@@ -144,8 +142,6 @@ class OrtModel(GenerationMixin):
         options.log_severity_level = 3  # one warning for each optional input otherwise
         if threads is not None:
             options.intra_op_num_threads = threads
-        if native is not None:
-            options.register_custom_ops_library(str(native))
         try:
             session = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -180,7 +176,7 @@ class OrtModel(GenerationMixin):
         logits_to_keep: int = 0,
         selects: bool | None = None,
         return_dict: bool = True,
-        **ignored: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of a call; a call on an empty cache, or of at least `min_select_tokens` tokens, selects.
 
@@ -197,9 +193,12 @@ class OrtModel(GenerationMixin):
             logits fp32 [B, T or logits_to_keep, V] and the cache.
 
         Raises:
-            InputError: shapes do not fit.
+            InputError: shapes do not fit, or an argument that the graph has no input for.
             StateError: the cache is not an OrtCache.
         """
+        unknown = [name for name, value in others.items() if value is not None and value is not False]
+        if unknown:
+            raise InputError(f"{', '.join(unknown)}: an exported model has no such input; leave it out")
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids [B, T] with B, T >= 1")
         cache = OrtCache() if past_key_values is None else past_key_values
@@ -234,7 +233,7 @@ class OrtModel(GenerationMixin):
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        logits = torch.from_numpy(found["logits"].numpy())
+        logits = torch.from_numpy(found["logits"].numpy()).float()
         if use_cache:
             cache.past = {n: found[n.replace("past_key_values", "present")] for n in self._inputs if _is_past(n)}
             if selects:
