@@ -80,7 +80,7 @@ class Port:
     def dense(self) -> dict[str, Tensor]:
         """The selection that keeps every unit: `compact` of the whole weights."""
         layer, group, state = self.layer, self.group, self.state
-        found = {"kept": torch.arange(state.units)}
+        found = {"kept": torch.arange(state.units, device=state.column.device)}
         for label, part in self.inputs:
             weight = layer.get_parameter(part.path)
             weight = weight.t() if part.transposed else weight

@@ -47,7 +47,7 @@ def onnx(
         directory: folder to write; made if need be. It appears only when all of it is written.
         tokenizer: saved along with the model.
         opset: of ONNX, 23 or 24.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that an earlier export has written.
         verify: run `pp_fx.export.check` against `model` on a few random tokens.
 
     Returns:
@@ -104,7 +104,7 @@ def _check(model: Any, opset: int) -> Any:
     weight = model.get_input_embeddings().weight
     if weight.dtype not in _DTYPES:
         raise ExportError(
-            f"dtype={weight.dtype}: onnxruntime's CPU kernels do not cover it; call model.float() or model.half()"
+            f"dtype={weight.dtype} is not supported by the exporter; call model.float() or model.half() before"
         )
     ports = ports_of(model)
     if not ports:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..cache import put_selections, selections_on
-from ..macs import _head_size
+from ..macs import head_size
 from ..transform import layers_of
 from .functions import TRANSLATIONS
 from .layers import detached, tensors_of, with_tensors
@@ -142,7 +142,7 @@ def _export(
     batch, past = 2, 7
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
-    pair = torch.zeros(batch, heads, past, _head_size(config), dtype=dtype, device=device)
+    pair = torch.zeros(batch, heads, past, head_size(config), dtype=dtype, device=device)
     given = {
         "input_ids": torch.ones(batch, length, dtype=torch.int64, device=device),
         "attention_mask": torch.ones(batch, past + length, dtype=torch.int64, device=device),

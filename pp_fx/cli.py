@@ -148,7 +148,7 @@ def export_command(
     config: Config = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     opset: Annotated[int, typer.Option(help="ONNX opset, 23 or 24.")] = 23,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
     json_file: Json = None,
 ) -> None:
     """Write MODEL, pruned, as an ONNX folder for onnxruntime, and compare it with torch."""
@@ -166,7 +166,7 @@ def export_command(
         calibrate(loaded, sequences(sample, tokenizer, *_CALIBRATION), progress=json_file != "-")
     if dtype == "float16":
         loaded.half()
-    onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite, verify=False)
+    onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite)
     found = check(directory)
     size = sum(f.stat().st_size for f in directory.iterdir())
     result = {"model": model, "directory": str(directory), "bytes": size, "check": found.to_dict()}

@@ -140,19 +140,19 @@ def kept_head_share(model: nn.Module) -> float:
     return sum(k for k, _ in heads) / sum(n for _, n in heads) if heads else 1.0
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_core_macs(config: Any, length: int) -> float:
     """MACs per token of scores and weighted values under a causal mask, all layers and heads."""
-    return config.num_hidden_layers * config.num_attention_heads * _head_size(config) * (length + 1)
+    return config.num_hidden_layers * config.num_attention_heads * head_size(config) * (length + 1)
 
 
 def key_value_bytes(config: Any, batch: int, length: float, element: int) -> float:
     """Bytes of the KV cache that one decode step reads, all layers; `element` bytes a number."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * batch * length * heads * _head_size(config) * element
+    return 2 * config.num_hidden_layers * batch * length * heads * head_size(config) * element
 
 
 def head_weight(model: Any) -> nn.Parameter:

@@ -175,6 +175,33 @@ def test_the_folder_is_complete_and_check_rebuilds_the_model_from_it(exported):
     assert (genai["num_hidden_layers"], genai["head_size"], genai["num_key_value_heads"]) == (3, 16, 2)
 
 
+def test_a_check_with_wrong_logits_fails_even_where_a_near_tie_differs(exported, monkeypatch):
+    import pp_fx.export.agreement as module
+
+    class Wrong(module.OrtModel):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits += 0.5 * out.logits.abs().max()
+            return out
+
+    monkeypatch.setattr(module, "OrtModel", Wrong)
+    found = module.check(exported[1])
+    assert found.agreement == 1
+    assert not found.passed
+    with pytest.raises(ExportError, match="logits by"):
+        found.require()
+    assert not module.Check(difference=0.5, agreement=0.999, tolerance=1e-3, prompts=3).passed
+
+
+def test_an_export_replaces_an_earlier_one_alone(exported, tmp_path):
+    model, folder = exported
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "stale").write_text("old")
+    pp_fx.export.onnx(model, tmp_path / "out", overwrite=True, verify=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in folder.iterdir()}
+
+
 def test_weights_lie_in_the_file_once(exported):
     model, folder = exported
     stored = sum(v.const_value.nbytes for v in ir.load(folder / "model.onnx").graph.initializers.values())
@@ -291,6 +318,8 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(exported, tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         pp_fx.export.onnx(model, tmp_path / "full")
+    with pytest.raises(InputError, match="was not written by"):
+        pp_fx.export.onnx(model, tmp_path / "full", overwrite=True)
     with pytest.raises(InputError, match="is a file"):
         pp_fx.export.onnx(model, tmp_path / "full" / "file")
     with pytest.raises(InputError, match="opset=18"):
@@ -334,6 +363,8 @@ def test_calls_that_do_not_fit_are_refused(both, ids):
         ours(ids, attention_mask=torch.ones(3, 39))
     with pytest.raises(InputError, match="input_ids"):
         ours(ids[0])
+    with pytest.raises(InputError, match="inputs_embeds"):
+        ours(ids, inputs_embeds=torch.zeros(3, 40, 64))
     with pytest.raises(StateError, match="OrtCache"):
         ours(ids, past_key_values=DynamicCache())
 
