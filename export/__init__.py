@@ -13,14 +13,16 @@ from ..errors import ExportError
 if TYPE_CHECKING:
     from .agreement import Check, check
     from .folder import check_target
+    from .native_ops import build_ort_ops
     from .ort_model import OrtCache, OrtModel
     from .to_onnx import onnx
 
-__all__ = ["Check", "OrtCache", "OrtModel", "check", "check_target", "onnx"]
+__all__ = ["Check", "OrtCache", "OrtModel", "build_ort_ops", "check", "check_target", "onnx"]
 _HOME = {
     "onnx": "to_onnx",
     "check": "agreement",
     "check_target": "folder",
+    "build_ort_ops": "native_ops",
     "Check": "agreement",
     "OrtModel": "ort_model",
     "OrtCache": "ort_model",

@@ -19,6 +19,25 @@ _PP_FX = Opset(DOMAIN, VERSION)
 
 
 @script(_PP_FX, default_opset=opset23)
+def CompactLinear(X, weight):
+    """X weight^T: X [..., H], weight [k, H] -> [..., k]."""
+    return opset23.MatMul(X, opset23.Transpose(weight, perm=[1, 0]))
+
+
+@script(_PP_FX, default_opset=opset23)
+def CompactSwiGLU(X, gate, up):
+    """silu(X gate^T) * (X up^T): X [..., H], gate and up [k, H] -> [..., k]."""
+    gated = opset23.MatMul(X, opset23.Transpose(gate, perm=[1, 0]))
+    return gated * opset23.Sigmoid(gated) * opset23.MatMul(X, opset23.Transpose(up, perm=[1, 0]))
+
+
+@script(_PP_FX, default_opset=opset23)
+def CompactOutput(X, weight):
+    """X weight: X [..., k], weight [k, H] -> [..., H]."""
+    return opset23.MatMul(X, weight)
+
+
+@script(_PP_FX, default_opset=opset23)
 def Solve(A, B):
     """A^-1 B, A symmetric positive definite with eigenvalues of at least 1: Gauss-Jordan elimination by blocks.
 
@@ -115,13 +134,17 @@ TRANSLATIONS: dict[Any, Any] = {
 """torch operator -> call of the ONNX operator."""
 
 
+FUNCTIONS = (Solve, CompactLinear, CompactSwiGLU, CompactOutput)
+"""Operators that may be left in a file; `Boundary` is gone by then."""
+
+
 def add_functions(model: ir.Model) -> None:
     """Give the model the bodies of the `pp_fx` operators that it calls.
 
     They are attached to the finished model: the exporter's own passes would inline them.
     """
     called = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN}
-    for function in (Solve,):
+    for function in FUNCTIONS:
         if function.name in called:
             body = ir.serde.deserialize_function(function.to_function_proto())
             model.functions[body.identifier()] = body

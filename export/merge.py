@@ -10,12 +10,14 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import onnx_ir.passes.common as passes
 from onnxscript import ir
 
+from .compact_ops import use_compact_ops
 from .layers import Layers
 from .ports import Port, homes
 from .repeat import position_of, rename, repeat
-from .simplify import group_heads
+from .simplify import group_heads, skip_single_splits
 
 MIN_SELECT = "pp_min_select_tokens"
 """Input with a default: calls of at least so many tokens select."""
@@ -150,6 +152,9 @@ def merge(prefill: ir.Model, decode: ir.Model, outside: Outside) -> ir.Model:
 def _phase(model: ir.Model, outside: Outside) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes and named outputs of a phase with all layers, reading from outside."""
     group_heads(model)
+    skip_single_splits(model)
+    use_compact_ops(model)
+    passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
     for value in graph.inputs:
         if position_of(value.name) is None:

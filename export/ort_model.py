@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ExportError, InputError, StateError
 from .folder import MODEL, read_settings, verify
+from .native_ops import check_library, find_ort_ops
 
 _ALWAYS, _NEVER = np.array(1, np.int64), np.array(np.iinfo(np.int64).max, np.int64)
 
@@ -125,6 +126,7 @@ class OrtModel(GenerationMixin):
         *,
         threads: int | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        ops_library: str | Path | None = "auto",
     ) -> OrtModel:
         """Load a folder that `pp_fx.export.onnx` has written.
 
@@ -132,9 +134,12 @@ class OrtModel(GenerationMixin):
             directory: the folder.
             threads: of onnxruntime inside one operator; None: its default (all cores).
             providers: onnxruntime's execution providers, the preferred one first.
+            ops_library: native kernels of the `pp_fx` operators: "auto" takes the library that `build_ort_ops` has
+                built, if it has; a path; None runs the operators' function bodies.
 
         Raises:
-            ExportError: a file is missing or is not the one that was written, or onnxruntime cannot load the model.
+            ExportError: a file is missing or is not the one that was written, onnxruntime cannot load the model, or
+                the library is not one of this version.
         """
         directory = Path(directory)
         verify(directory)
@@ -142,6 +147,10 @@ class OrtModel(GenerationMixin):
         options.log_severity_level = 3  # one warning for each optional input otherwise
         if threads is not None:
             options.intra_op_num_threads = threads
+        library = find_ort_ops() if ops_library == "auto" else ops_library
+        if library is not None:
+            check_library(library)
+            options.register_custom_ops_library(str(library))
         try:
             session = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no base class

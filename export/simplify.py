@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import onnx_ir.passes.common as passes
 from onnxscript import ir
+
+
+def skip_single_splits(model: ir.Model) -> None:
+    """A split into one part copies its input."""
+    for node in list(model.graph):
+        if node.op_type == "Split" and len(node.outputs) == 1:
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 def group_heads(model: ir.Model) -> None:
@@ -17,7 +24,6 @@ def group_heads(model: ir.Model) -> None:
             if None not in sources:
                 node.replace_input_with(1, sources[0])
                 node.replace_input_with(2, sources[1])
-    passes.RemoveUnusedNodesPass()(model)
 
 
 def _before_repeat(value: ir.Value | None) -> ir.Value | None:

@@ -135,6 +135,19 @@ def bench_command(
         console.print(_bench_table(result))
 
 
+@app.command("build-ort-ops")
+def build_ort_ops_command(
+    compiler: Annotated[str | None, typer.Option(help="g++ or clang++; default: the first one found.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Compile the native onnxruntime kernels for this machine: exported models then decode faster."""
+    from .export import build_ort_ops
+
+    library = build_ort_ops(compiler=compiler)
+    _write({"library": str(library), "versions": versions()}, json_file)
+    _console(json_file).print(f"{library}: pp_fx.export.OrtModel uses it from now on", soft_wrap=True)
+
+
 @app.command("export")
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],

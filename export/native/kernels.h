@@ -1,0 +1,185 @@
+// Products of few rows with weights that are read once, from memory, in the order in which they lie there.
+//
+// Compiler vectors (GCC, Clang) of 16 floats, whatever the machine's own width; sums are in fp32.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kernels {
+
+constexpr size_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+using Half = _Float16;
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(Half x) { return static_cast<float>(x); }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float x, float& y) { y = x; }
+inline void narrow(float x, Half& y) { y = static_cast<Half>(x); }
+inline void narrow(float x, BFloat16& y) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  y.bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Lanes load(const float* p) {
+  Lanes lanes;
+  std::memcpy(&lanes, p, sizeof lanes);
+  return lanes;
+}
+inline Lanes load(const Half* p) {
+  typedef Half Halves __attribute__((vector_size(kLanes * sizeof(Half))));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return __builtin_convertvector(halves, Lanes);
+}
+inline Lanes load(const BFloat16* p) {
+  typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  Shorts shorts;
+  std::memcpy(&shorts, p, sizeof shorts);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(shorts, Words) << 16);
+}
+inline void store(Lanes lanes, float* p) { std::memcpy(p, &lanes, sizeof lanes); }
+
+inline float sum(Lanes lanes) {
+  float s[kLanes], total = 0;
+  std::memcpy(s, &lanes, sizeof lanes);
+  for (size_t width = kLanes / 2; width; width /= 2)
+    for (size_t i = 0; i < width; ++i) s[i] += s[i + width];
+  total = s[0];
+  return total;
+}
+
+// out[r][c] = sum over k of w[r][k] * x[c * depth + k], for 4 rows of weights and C rows of x.
+template <int C, class T>
+inline void dots(const T* const (&w)[4], const float* x, size_t depth, float (&out)[4][4]) {
+  Lanes sums[4][C] = {};
+  size_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    Lanes rows[C];
+    for (int c = 0; c < C; ++c) rows[c] = load(x + c * depth + k);
+    for (int r = 0; r < 4; ++r) {
+      const Lanes weight = load(w[r] + k);
+      for (int c = 0; c < C; ++c) sums[r][c] += weight * rows[c];
+    }
+  }
+  for (int r = 0; r < 4; ++r)
+    for (int c = 0; c < C; ++c) {
+      float total = sum(sums[r][c]);
+      for (size_t rest = k; rest < depth; ++rest) total += widen(w[r][rest]) * x[c * depth + rest];
+      out[r][c] = total;
+    }
+}
+
+// As above, for all `rows` of x; `take(row, out column)` receives the four sums of one row of x.
+template <class T, class Take>
+inline void dots_of_rows(const T* const (&w)[4], const float* x, size_t rows, size_t depth, Take take) {
+  float out[4][4];
+  for (size_t m = 0; m < rows;) {
+    const size_t left = rows - m;
+    if (left >= 4) dots<4>(w, x + m * depth, depth, out);
+    else if (left == 3) dots<3>(w, x + m * depth, depth, out);
+    else if (left == 2) dots<2>(w, x + m * depth, depth, out);
+    else dots<1>(w, x + m * depth, depth, out);
+    const size_t taken = std::min<size_t>(left, 4);
+    for (size_t c = 0; c < taken; ++c) take(m + c, out[0][c], out[1][c], out[2][c], out[3][c]);
+    m += taken;
+  }
+}
+
+// y[m, n] += sum over k in [first, last) of x[m, k] * w[k, n]; eight rows of weights at a time.
+template <class T>
+inline void add_rows(const T* w, const float* x, float* y, size_t rows, size_t depth, size_t width, size_t first,
+                     size_t last) {
+  constexpr size_t kRows = 8;
+  size_t k = first;
+  for (; k + kRows <= last; k += kRows) {
+    size_t n = 0;
+    for (; n + kLanes <= width; n += kLanes) {
+      Lanes weights[kRows];
+      for (size_t i = 0; i < kRows; ++i) weights[i] = load(w + (k + i) * width + n);
+      for (size_t m = 0; m < rows; ++m) {
+        Lanes even = load(y + m * width + n), odd = {};  // two chains of additions
+        for (size_t i = 0; i < kRows; i += 2) {
+          even += weights[i] * x[m * depth + k + i];
+          odd += weights[i + 1] * x[m * depth + k + i + 1];
+        }
+        store(even + odd, y + m * width + n);
+      }
+    }
+    for (; n < width; ++n)
+      for (size_t m = 0; m < rows; ++m)
+        for (size_t i = 0; i < kRows; ++i) y[m * width + n] += x[m * depth + k + i] * widen(w[(k + i) * width + n]);
+  }
+  for (; k < last; ++k)
+    for (size_t m = 0; m < rows; ++m)
+      for (size_t n = 0; n < width; ++n) y[m * width + n] += x[m * depth + k] * widen(w[k * width + n]);
+}
+
+// Lower Cholesky factor of a symmetric [n, n], in place; false where the matrix is not positive definite.
+inline bool cholesky(float* a, size_t n) {
+  for (size_t j = 0; j < n; ++j) {
+    const float* row = a + j * n;
+    for (size_t i = j; i < n; ++i) {
+      const float* other = a + i * n;
+      Lanes lanes = {};
+      size_t k = 0;
+      for (; k + kLanes <= j; k += kLanes) lanes += load(row + k) * load(other + k);
+      float rest = a[i * n + j] - sum(lanes);
+      for (; k < j; ++k) rest -= row[k] * other[k];
+      if (i == j) {
+        if (!(rest > 0)) return false;
+        a[j * n + j] = std::sqrt(rest);
+      } else {
+        a[i * n + j] = rest / a[j * n + j];
+      }
+    }
+  }
+  return true;
+}
+
+// y[k, :] -= factor(k, i) * y[i, :] for i in [first, last), then y[k, :] /= pivot; columns [from, to) of a [n, width] y.
+template <class Factor>
+inline void eliminate(float* y, size_t width, size_t from, size_t to, size_t k, size_t first, size_t last, float pivot,
+                      Factor factor) {
+  size_t c = from;
+  for (; c + kLanes <= to; c += kLanes) {
+    Lanes even = load(y + k * width + c), odd = {};
+    size_t i = first;
+    for (; i + 2 <= last; i += 2) {
+      even -= factor(i) * load(y + i * width + c);
+      odd -= factor(i + 1) * load(y + (i + 1) * width + c);
+    }
+    if (i < last) even -= factor(i) * load(y + i * width + c);
+    store((even + odd) / pivot, y + k * width + c);
+  }
+  for (; c < to; ++c) {
+    float value = y[k * width + c];
+    for (size_t i = first; i < last; ++i) value -= factor(i) * y[i * width + c];
+    y[k * width + c] = value / pivot;
+  }
+}
+
+// Columns [from, to) of y become (L L^T)^-1 of themselves; `l` is the factor [n, n], `y` is [n, width].
+inline void solve_columns(const float* l, float* y, size_t n, size_t width, size_t from, size_t to) {
+  for (size_t k = 0; k < n; ++k) eliminate(y, width, from, to, k, 0, k, l[k * n + k], [&](size_t i) { return l[k * n + i]; });
+  for (size_t k = n; k-- > 0;)
+    eliminate(y, width, from, to, k, k + 1, n, l[k * n + k], [&](size_t i) { return l[i * n + k]; });
+}
+
+}  // namespace kernels

@@ -1,0 +1,243 @@
+// The operators of domain pp_fx as native onnxruntime kernels for the CPU; export/functions.py says what each computes.
+//
+// pp-fx build-ort-ops compiles this file; a session that registers the library runs these kernels in place of the
+// operators' function bodies.
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "abi.h"
+#include "kernels.h"
+
+#ifndef PP_FX_VERSION
+#error "define PP_FX_VERSION, as pp-fx build-ort-ops does"
+#endif
+
+namespace {
+
+using kernels::dots_of_rows;
+using ort::Tensor;
+
+constexpr size_t kRowsOfTask = 32;     // weight rows of one task of a product
+constexpr size_t kSliceOfTask = 128;   // summed rows of one task; each keeps a partial sum
+constexpr size_t kMaxSlices = 16;
+constexpr size_t kColumnsOfTask = 64;  // right-hand sides of one task of a solve
+
+OrtStatus* first_error(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t->error) return t->error;
+  return nullptr;
+}
+
+// x as floats: itself, or a copy in `room`.
+const float* floats(const float* x, size_t, std::vector<float>&) { return x; }
+template <class T>
+const float* floats(const T* x, size_t count, std::vector<float>& room) {
+  room.resize(count);
+  for (size_t i = 0; i < count; ++i) room[i] = kernels::widen(x[i]);
+  return room.data();
+}
+
+OrtStatus* output_like(OrtKernelContext* context, const Tensor& x, size_t last, void** data) {
+  int64_t shape[Tensor::kMaxRank];
+  std::copy(x.shape, x.shape + x.rank, shape);
+  shape[x.rank - 1] = static_cast<int64_t>(last);
+  return ort::output(context, shape, x.rank, data);
+}
+
+// X [..., H], weight [k, H] -> X weight^T [..., k]
+template <class T>
+OrtStatus* compact_linear(OrtKernelContext* context) {
+  const Tensor x = ort::input(context, 0), weight = ort::input(context, 1);
+  if (auto* error = first_error({&x, &weight})) return error;
+  if (x.rank < 1 || weight.rank != 2 || weight.last() != x.last())
+    return ort::invalid("pp_fx.CompactLinear: X [..., H] and weight [k, H] do not fit each other");
+  const size_t depth = x.last(), rows = x.rows(), width = static_cast<size_t>(weight.shape[0]);
+  void* out = nullptr;
+  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (!rows || !width) return nullptr;
+  std::vector<float> room;
+  const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
+  const T* w = static_cast<const T*>(weight.data);
+  T* y = static_cast<T*>(out);
+  auto task = [&](size_t index) {
+    const size_t last = std::min(width, (index + 1) * kRowsOfTask);
+    for (size_t n = index * kRowsOfTask; n < last; n += 4) {
+      const size_t count = std::min<size_t>(4, last - n);
+      const T* const four[4] = {w + n * depth, w + (n + std::min<size_t>(1, count - 1)) * depth,
+                                w + (n + std::min<size_t>(2, count - 1)) * depth,
+                                w + (n + std::min<size_t>(3, count - 1)) * depth};
+      dots_of_rows(four, wide, rows, depth, [&](size_t m, float a, float b, float c, float d) {
+        const float sums[4] = {a, b, c, d};
+        for (size_t i = 0; i < count; ++i) kernels::narrow(sums[i], y[m * width + n + i]);
+      });
+    }
+  };
+  return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
+}
+
+// X [..., H], gate [k, H], up [k, H] -> silu(X gate^T) * (X up^T) [..., k]
+template <class T>
+OrtStatus* compact_swiglu(OrtKernelContext* context) {
+  const Tensor x = ort::input(context, 0), gate = ort::input(context, 1), up = ort::input(context, 2);
+  if (auto* error = first_error({&x, &gate, &up})) return error;
+  if (x.rank < 1 || gate.rank != 2 || up.rank != 2 || gate.last() != x.last() || up.last() != x.last() ||
+      gate.shape[0] != up.shape[0])
+    return ort::invalid("pp_fx.CompactSwiGLU: X [..., H], gate [k, H] and up [k, H] do not fit each other");
+  const size_t depth = x.last(), rows = x.rows(), width = static_cast<size_t>(gate.shape[0]);
+  void* out = nullptr;
+  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (!rows || !width) return nullptr;
+  std::vector<float> room;
+  const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
+  const T *g = static_cast<const T*>(gate.data), *u = static_cast<const T*>(up.data);
+  T* y = static_cast<T*>(out);
+  auto task = [&](size_t index) {
+    const size_t last = std::min(width, (index + 1) * kRowsOfTask);
+    for (size_t n = index * kRowsOfTask; n < last; n += 2) {
+      const size_t second = std::min(n + 1, last - 1);
+      const T* const four[4] = {g + n * depth, g + second * depth, u + n * depth, u + second * depth};
+      dots_of_rows(four, wide, rows, depth, [&](size_t m, float g0, float g1, float u0, float u1) {
+        kernels::narrow(g0 / (1 + std::exp(-g0)) * u0, y[m * width + n]);
+        kernels::narrow(g1 / (1 + std::exp(-g1)) * u1, y[m * width + second]);
+      });
+    }
+  };
+  return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
+}
+
+// X [..., k], weight [k, H] -> X weight [..., H]
+template <class T>
+OrtStatus* compact_output(OrtKernelContext* context) {
+  const Tensor x = ort::input(context, 0), weight = ort::input(context, 1);
+  if (auto* error = first_error({&x, &weight})) return error;
+  if (x.rank < 1 || weight.rank != 2 || static_cast<size_t>(weight.shape[0]) != x.last())
+    return ort::invalid("pp_fx.CompactOutput: X [..., k] and weight [k, H] do not fit each other");
+  const size_t depth = x.last(), rows = x.rows(), width = weight.last();
+  void* out = nullptr;
+  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (!rows || !width) return nullptr;
+  std::vector<float> room;
+  const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
+  const T* w = static_cast<const T*>(weight.data);
+  // slices of the sum, not of the columns: each task reads its rows of the weight from end to end
+  const size_t slices = std::clamp<size_t>(depth / kSliceOfTask, 1, kMaxSlices), size = rows * width;
+  std::vector<float> partial(slices * size);
+  auto task = [&](size_t index) {
+    kernels::add_rows(w, wide, partial.data() + index * size, rows, depth, width, index * depth / slices,
+                      (index + 1) * depth / slices);
+  };
+  if (auto* error = ort::parallel_for(context, slices, task)) return error;
+  T* y = static_cast<T*>(out);
+  for (size_t i = 0; i < size; ++i) {
+    float total = 0;
+    for (size_t slice = 0; slice < slices; ++slice) total += partial[slice * size + i];
+    kernels::narrow(total, y[i]);
+  }
+  return nullptr;
+}
+
+// A [n, n] symmetric positive definite, B [n, m] -> A^-1 B
+OrtStatus* solve(OrtKernelContext* context) {
+  const Tensor a = ort::input(context, 0), b = ort::input(context, 1);
+  if (auto* error = first_error({&a, &b})) return error;
+  if (a.rank != 2 || b.rank != 2 || a.shape[0] != a.shape[1] || a.shape[0] != b.shape[0])
+    return ort::invalid("pp_fx.Solve: A [n, n] and B [n, m] do not fit each other");
+  const size_t n = static_cast<size_t>(a.shape[0]), width = b.last();
+  void* out = nullptr;
+  if (auto* error = ort::output(context, b.shape, b.rank, &out)) return error;
+  if (!n || !width) return nullptr;
+  const float* matrix = static_cast<const float*>(a.data);
+  std::vector<float> factor(matrix, matrix + n * n);
+  float* y = static_cast<float*>(out);
+  if (!kernels::cholesky(factor.data(), n)) {  // as in torch, numbers that cannot be computed are not a number
+    std::fill(y, y + n * width, NAN);
+    return nullptr;
+  }
+  std::copy_n(static_cast<const float*>(b.data), n * width, y);
+  auto task = [&](size_t index) {
+    kernels::solve_columns(factor.data(), y, n, width, index * kColumnsOfTask,
+                           std::min(width, (index + 1) * kColumnsOfTask));
+  };
+  return ort::parallel_for(context, (width + kColumnsOfTask - 1) / kColumnsOfTask, task);
+}
+
+struct Op : OrtCustomOp {
+  const char* name;
+  size_t inputs;
+  int type;
+  OrtStatus* (*compute)(OrtKernelContext*);
+
+  Op(const char* name, size_t inputs, int type, OrtStatus* (*compute)(OrtKernelContext*))
+      : OrtCustomOp{}, name(name), inputs(inputs), type(type), compute(compute) {
+    version = ort::kCustomOpVersion;
+    GetName = [](const OrtCustomOp* op) { return self(op)->name; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetInputType = [](const OrtCustomOp* op, size_t) { return self(op)->type; };
+    GetInputTypeCount = [](const OrtCustomOp* op) { return self(op)->inputs; };
+    GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op)->type; };
+    GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    GetInputCharacteristic = GetOutputCharacteristic = GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    GetStartVersion = GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    CreateKernel = [](const OrtCustomOp* op, const void*, const void*) { return mutable_self(op); };
+    CreateKernelV2 = [](const OrtCustomOp* op, const void*, const void*, void** kernel) -> OrtStatus* {
+      *kernel = mutable_self(op);
+      return nullptr;
+    };
+    KernelCompute = [](void*, OrtKernelContext*) {};  // not called where the one below is there
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
+      try {
+        return static_cast<Op*>(kernel)->compute(context);
+      } catch (const std::bad_alloc&) {
+        return ort::invalid("pp_fx: out of memory");
+      }
+    };
+    KernelDestroy = [](void*) {};
+  }
+
+  static const Op* self(const OrtCustomOp* op) { return static_cast<const Op*>(op); }
+  static void* mutable_self(const OrtCustomOp* op) { return const_cast<Op*>(self(op)); }
+};
+
+template <class T>
+std::vector<Op> products(int type) {
+  return {{"CompactLinear", 2, type, compact_linear<T>},
+          {"CompactSwiGLU", 3, type, compact_swiglu<T>},
+          {"CompactOutput", 2, type, compact_output<T>}};
+}
+
+std::vector<Op>& all_ops() {
+  static std::vector<Op> ops = [] {
+    std::vector<Op> found = {{"Solve", 2, ort::kFloat, solve}};
+    for (auto& more : {products<float>(ort::kFloat), products<kernels::Half>(ort::kFloat16),
+                       products<kernels::BFloat16>(ort::kBFloat16)})
+      found.insert(found.end(), more.begin(), more.end());
+    return found;
+  }();
+  return ops;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) const char* pp_fx_ops_version() { return PP_FX_VERSION; }
+
+// What a session calls: SessionOptions.register_custom_ops_library, OrtApi::RegisterCustomOpsLibrary.
+__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  ort::api = base->GetApi(ort::kApiVersion);
+  if (!ort::api) {  // an onnxruntime before 1.18: its oldest table can still say so
+    ort::api = base->GetApi(1);
+    return ort::invalid("pp_fx: the operator library needs onnxruntime 1.18 or later");
+  }
+  OrtCustomOpDomain* domain = nullptr;
+  const char* name = "pp_fx";
+  if (auto* error = ort::call<OrtStatus*>(ort::kCreateCustomOpDomain, name, &domain)) return error;
+  for (Op& op : all_ops()) {
+    const OrtCustomOp* given = &op;
+    if (auto* error = ort::call<OrtStatus*>(ort::kCustomOpDomainAdd, domain, given)) return error;
+  }
+  return ort::call<OrtStatus*>(ort::kAddCustomOpDomain, options, domain);
+}
+}
