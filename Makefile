@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+NODE := examples/javascript/node_modules/.ready
+
 .PHONY: demo test lint bench families format
 
 $(READY): pyproject.toml constraints.txt
@@ -15,8 +17,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/pp-fx demo
 
-test: $(READY)
-	$(BIN)/pytest -q
+# Two processes of one thread each; the runners of examples/javascript are skipped where there is no npm.
+test: $(READY) $(if $(shell command -v npm),$(NODE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+$(NODE): examples/javascript/package.json
+	-cd examples/javascript && npm install --ignore-scripts --no-audit --no-fund && touch node_modules/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ExportError, InputError
 
-MODEL, DATA, SETTINGS = "model.onnx", "model.onnx_data", "pp_fx.json"
+MODEL, STATEFUL, DATA, SETTINGS = "model.onnx", "model_stateful.onnx", "model.onnx_data", "pp_fx.json"
 _CHUNK = 2**22
 _CARD = """# {name}, pruned by pp_fx
 
@@ -38,6 +38,10 @@ these run. Method: Probe Pruning (arXiv 2502.15618).
 - `pp_min_select_tokens` (default {tokens}): 1 makes a call select whatever its length.
 
 All of these are optional: they are initializers. `pp_fx.export.OrtModel` feeds them for you.
+
+Runtimes that cannot override initializers (onnxruntime-node and onnxruntime-web leave them out without a word) take
+`model_stateful.onnx`: the same graph and weights, but `pp_compact.*` and `num_logits_to_keep` have to be given. Empty
+compact weights (0 rows; `kept` with 0 entries) make a call select; then feed back what it returns.
 """
 
 
@@ -117,7 +121,7 @@ def verify(directory: Path) -> None:
         ExportError: a file is missing, was truncated or edited.
     """
     sums = read_settings(directory)["sha256"]
-    for name in (MODEL, DATA):
+    for name in (MODEL, STATEFUL, DATA):
         path = directory / name
         if not path.is_file():
             raise ExportError(f"{path} is missing; copy the whole folder or export the model again")
@@ -158,7 +162,7 @@ def _genai(config: Any, generation: Any) -> dict[str, Any]:
         "model": {
             "type": "llama",
             "bos_token_id": config.bos_token_id if config.bos_token_id is not None else 1,
-            "eos_token_id": eos if eos is not None else 2,
+            "eos_token_id": eos if eos is not None else config.vocab_size - 1,  # genai wants one of the vocabulary
             "pad_token_id": pad if pad is not None else first if first is not None else 0,
             "vocab_size": config.vocab_size,
             "context_length": length,

@@ -20,6 +20,7 @@ from .functions import add_functions
 from .layers import Layers
 from .merge import Outside, merge
 from .ports import ports_of
+from .stateful import write_stateful
 from .trace import trace_decode, trace_prefill
 
 _OPSETS = (23, 24)
@@ -64,6 +65,7 @@ def onnx(
     try:
         graph = build(model, opset)
         ir.save(graph, partial / MODEL, external_data=DATA, size_threshold_bytes=_SMALL)
+        write_stateful(partial)
         write_configs(partial, model, tokenizer, _settings(model, config, opset))
         if verify:
             compare(partial, model).require()

@@ -371,10 +371,10 @@ def _report(result: dict[str, Any], json_file: str | None, console: Console) -> 
         console.print(table)
 
 
-def main() -> None:
-    """Entry point: errors in one line, exit code 1."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors in one line, exit code 1. `arguments`: without the program's name; default: those given."""
     try:
-        app()
+        app(arguments)
     except PpFxError as error:
         Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
