@@ -1,9 +1,8 @@
 """Time under onnxruntime on the CPU: our pruned file against onnxruntime-genai's dense export and our own dense run.
 
-All three are interleaved in one process with the same session options; medians of wall time. Needs the packages of
-`pp-fx[onnxruntime]` and onnxruntime-genai (its model builder writes the dense file):
+All are interleaved in one process with the same session options; medians of wall time. Needs Linux, a C++ compiler,
+the packages of `pp-fx[onnxruntime]` and onnxruntime-genai (its model builder writes the dense file):
 
-    pip install --no-deps onnxruntime-genai
     python benchmarks/onnx_runtime.py
 """
 
@@ -33,7 +32,7 @@ import pp_fx.text
 from pp_fx.cli import versions
 from pp_fx.models import load
 
-LAST = "pruned, last logits"
+LAST, BODIES = "pruned, last logits", "pruned, function bodies"
 
 
 class Genai:
@@ -72,10 +71,10 @@ class Genai:
 
 
 class Ours:
-    """Our file; `dense` never selects."""
+    """Our file with the native kernels, or with the operators' bodies; `dense` never selects."""
 
-    def __init__(self, folder: Path, threads: int, dense: bool) -> None:
-        self.model, self.dense = OrtModel.from_pretrained(folder, threads=threads), dense
+    def __init__(self, folder: Path, threads: int, *, dense: bool = False, library: str | None = "auto") -> None:
+        self.model, self.dense = OrtModel.from_pretrained(folder, threads=threads, ops_library=library), dense
         self.cache: Any = None
 
     def __call__(self, ids: torch.Tensor, keeps: bool = False, logits: int = 0) -> None:
@@ -98,7 +97,12 @@ def medians(calls: dict[str, Any], repeats: int, warm_up: int) -> dict[str, floa
 def run(folder: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for threads in (1, 2):
-        genai, pruned, own = Genai(dense, threads), Ours(folder, threads, False), Ours(folder, threads, True)
+        genai, pruned, own = (
+            Genai(dense, threads),
+            Ours(folder, threads),
+            Ours(folder, threads, dense=True, library=None),
+        )
+        bodies = Ours(folder, threads, library=None)
         for batch, length in ((2, 512), (4, 512)):
             ids = torch.randint(0, 49000, (batch, length))
             found = medians(
@@ -106,6 +110,7 @@ def run(folder: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
                     "genai dense": partial(genai, ids),
                     "own dense": partial(own, ids),
                     "pruned": partial(pruned, ids),
+                    BODIES: partial(bodies, ids),
                     LAST: partial(pruned, ids, logits=1),
                 },
                 repeats,
@@ -113,12 +118,13 @@ def run(folder: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
             )
             rows.append({"phase": f"prefill {batch} x {length}", "threads": threads, "ms": found})
         prompt, token = torch.randint(0, 49000, (1, 128)), torch.tensor([[5]])
-        for side in (genai, own, pruned):
+        for side in (genai, own, pruned, bodies):
             side(prompt)
         calls = {
             "genai dense": partial(genai, token, True),
             "own dense": partial(own, token, True),
             "pruned": partial(pruned, token, True),
+            BODIES: partial(bodies, token, True),
         }
         found = medians(calls, 10 * repeats, 5)
         rows.append({"phase": "decode 1 x 128", "threads": threads, "ms": found})
@@ -142,24 +148,31 @@ def main() -> None:
         pp_fx.transform(model, config)
         text = pp_fx.text.sequences(pp_fx.text.read(pp_fx.text.PYTHON_DOCS), tokenizer, 16, 512)
         pp_fx.calibrate(model, text)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
         start = time.perf_counter()
         pp_fx.export.onnx(model, folder / "pruned", tokenizer=tokenizer)
         seconds = time.perf_counter() - start
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        pp_fx.export.build_ort_ops()
         rows = run(folder / "pruned", folder / "genai", options.repeats)
     table = Table(title="smollm2, fp32, MLP 40%, onnxruntime, milliseconds")
-    columns = ("phase", "threads", "genai dense", "own dense", "pruned", "/ genai", "/ own", "last logits / genai")
+    columns = ("phase", "threads", "genai dense", "own dense", "pruned", "/ genai", "/ own")
+    columns += ("function bodies / genai", "last logits / genai")
     for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
         ms = row["ms"]
         numbers = [f"{ms[name]:.1f}" for name in ("genai dense", "own dense", "pruned")]
         ratios = [f"{ms['pruned'] / ms[name]:.3f}" for name in ("genai dense", "own dense")]
-        last = f"{ms[LAST] / ms['genai dense']:.3f}" if LAST in ms else ""
-        table.add_row(row["phase"], str(row["threads"]), *numbers, *ratios, last)
+        others = [f"{ms[name] / ms['genai dense']:.3f}" if name in ms else "" for name in (BODIES, LAST)]
+        table.add_row(row["phase"], str(row["threads"]), *numbers, *ratios, *others)
     Console().print(table)
+    Console().print(f"export: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB")
     result = {
         "model": "smollm2, fp32, MLP 40%",
-        "export_seconds": seconds,
+        "export": {"seconds": seconds, "peak_bytes": peak, "weights_bytes": weights},
         "rows": rows,
         "versions": {**versions(), "onnxruntime": onnxruntime.__version__},
     }

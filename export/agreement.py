@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from onnxscript import ir
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -85,7 +86,11 @@ def check(directory: str | Path, *, seed: int = 0) -> Check:
 
 def compare(directory: Path, model: Any, seed: int = 0) -> Check:
     """As `check`, against a transformed model in memory, which is left as it is."""
-    ours, generator = OrtModel.from_pretrained(directory), torch.Generator().manual_seed(seed)
+    frugal = onnxruntime.SessionOptions()  # the weights once, not a second time in the kernels' own layout
+    frugal.add_session_config_entry("session.disable_prepacking", "1")
+    frugal.enable_cpu_mem_arena = False
+    ours = OrtModel.from_pretrained(directory, session_options=frugal)
+    generator = torch.Generator().manual_seed(seed)
     config = ports_of(model)[0].state.config
     vocabulary = model.config.get_text_config().vocab_size
     longest = context_length(model.config) - 4

@@ -111,12 +111,13 @@ class OrtModel(GenerationMixin):
         self.updates_history = False
         self.history: dict[str, Any] = {}
         self._inputs = {i.name: i for i in session.get_inputs()}
-        self._outputs = [o.name for o in session.get_outputs()]
+        outputs = [o.name for o in session.get_outputs()]
         optional = {i.name for i in session.get_overridable_initializers()}
         self._compact = [n for n in optional if n.startswith("pp_compact.")]
         self._history = [n for n in optional if n.startswith("pp_history.")]
+        self._present = [n for n in outputs if n.startswith("present.")]
         missing = {"input_ids", "attention_mask", "position_ids"} - set(self._inputs)
-        if missing or "logits" not in self._outputs:
+        if missing or "logits" not in outputs:
             raise ExportError(f"{MODEL} lacks {', '.join(sorted(missing)) or 'logits'}; export the model again")
 
     @classmethod
@@ -127,6 +128,7 @@ class OrtModel(GenerationMixin):
         threads: int | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         ops_library: str | Path | None = "auto",
+        session_options: Any = None,
     ) -> OrtModel:
         """Load a folder that `pp_fx.export.onnx` has written.
 
@@ -136,6 +138,7 @@ class OrtModel(GenerationMixin):
             providers: onnxruntime's execution providers, the preferred one first.
             ops_library: native kernels of the `pp_fx` operators: "auto" takes the library that `build_ort_ops` has
                 built, if it has; a path; None runs the operators' function bodies.
+            session_options: onnxruntime.SessionOptions to start from.
 
         Raises:
             ExportError: a file is missing or is not the one that was written, onnxruntime cannot load the model, or
@@ -143,7 +146,7 @@ class OrtModel(GenerationMixin):
         """
         directory = Path(directory)
         verify(directory)
-        options = onnxruntime.SessionOptions()
+        options = onnxruntime.SessionOptions() if session_options is None else session_options
         options.log_severity_level = 3  # one warning for each optional input otherwise
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -238,16 +241,19 @@ class OrtModel(GenerationMixin):
         reused = cache.compact if self.reuses else {}
         for name, value in (self.history if selects else reused).items():
             binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
+        learns = selects and self.updates_history
+        state = [*self._compact * selects, *self._history * learns]
+        wanted = ["logits", *self._present, *(n.replace("pp_", "present_", 1) for n in state)]
+        for name in wanted:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        found = dict(zip(wanted, binding.get_outputs(), strict=True))
         logits = torch.from_numpy(found["logits"].numpy()).float()
         if use_cache:
-            cache.past = {n: found[n.replace("past_key_values", "present")] for n in self._inputs if _is_past(n)}
+            cache.past = {n.replace("present", "past_key_values"): found[n] for n in self._present}
             if selects:
                 cache.compact = {n: found[n.replace("pp_", "present_", 1)] for n in self._compact}
-        if selects and self.updates_history:
+        if learns:
             self.history = {n: found[n.replace("pp_", "present_", 1)] for n in self._history}
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 

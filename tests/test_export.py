@@ -165,8 +165,9 @@ def test_the_folder_is_complete_and_check_rebuilds_the_model_from_it(exported):
     _, folder = exported
     names = {p.name for p in folder.iterdir()}
     expected = {"config.json", "generation_config.json", "genai_config.json", "README.md", "pp_fx.json"}
-    assert names == {"model.onnx", "model.onnx_data", *expected}
+    assert names == {"model.onnx", "model_stateful.onnx", "model.onnx_data", *expected}
     onnx.checker.check_model(folder / "model.onnx")
+    onnx.checker.check_model(folder / "model_stateful.onnx")
     found = check(folder)
     assert found.passed
     assert found.agreement == 1

@@ -65,48 +65,54 @@ inline float sum(Lanes lanes) {
   return total;
 }
 
-// out[r][c] = sum over k of w[r][k] * x[c * depth + k], for 4 rows of weights and C rows of x.
-template <int C, class T>
-inline void dots(const T* const (&w)[4], const float* x, size_t depth, float (&out)[4][4]) {
-  Lanes sums[4][C] = {};
+// out[r][c] = sum over k of w[r][k] * x[c * depth + k], for R rows of weights and C rows of x, in A chains of additions.
+//
+// R = 1 reads the memory as one stream, which for few rows of x is all that counts.
+template <int R, int C, int A, class T>
+inline void dots(const T* const (&w)[4], const float* x, size_t depth, float (&out)[4][4], int first = 0) {
+  Lanes sums[R][C][A] = {};
   size_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
-    Lanes rows[C];
-    for (int c = 0; c < C; ++c) rows[c] = load(x + c * depth + k);
-    for (int r = 0; r < 4; ++r) {
-      const Lanes weight = load(w[r] + k);
-      for (int c = 0; c < C; ++c) sums[r][c] += weight * rows[c];
+  for (; k + A * kLanes <= depth; k += A * kLanes)
+    for (int a = 0; a < A; ++a) {
+      Lanes rows[C];
+      for (int c = 0; c < C; ++c) rows[c] = load(x + c * depth + k + a * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Lanes weight = load(w[first + r] + k + a * kLanes);
+        for (int c = 0; c < C; ++c) sums[r][c][a] += weight * rows[c];
+      }
     }
-  }
-  for (int r = 0; r < 4; ++r)
+  for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
-      float total = sum(sums[r][c]);
-      for (size_t rest = k; rest < depth; ++rest) total += widen(w[r][rest]) * x[c * depth + rest];
-      out[r][c] = total;
+      for (int a = 1; a < A; ++a) sums[r][c][0] += sums[r][c][a];
+      float total = sum(sums[r][c][0]);
+      for (size_t rest = k; rest < depth; ++rest) total += widen(w[first + r][rest]) * x[c * depth + rest];
+      out[first + r][c] = total;
     }
 }
 
-// As above, for all `rows` of x; `take(row, out column)` receives the four sums of one row of x.
+// As above, for 4 rows of weights and all `rows` of x; `take(row, ...)` receives the four sums of one row of x.
 template <class T, class Take>
 inline void dots_of_rows(const T* const (&w)[4], const float* x, size_t rows, size_t depth, Take take) {
   float out[4][4];
   for (size_t m = 0; m < rows;) {
-    const size_t left = rows - m;
-    if (left >= 4) dots<4>(w, x + m * depth, depth, out);
-    else if (left == 3) dots<3>(w, x + m * depth, depth, out);
-    else if (left == 2) dots<2>(w, x + m * depth, depth, out);
-    else dots<1>(w, x + m * depth, depth, out);
-    const size_t taken = std::min<size_t>(left, 4);
+    const float* part = x + m * depth;
+    const size_t taken = std::min<size_t>(rows - m, 4);
+    if (taken == 4) dots<4, 4, 1>(w, part, depth, out);
+    for (int r = 0; r < 4 && taken < 4; ++r) {
+      if (taken == 3) dots<1, 3, 2>(w, part, depth, out, r);
+      if (taken == 2) dots<1, 2, 2>(w, part, depth, out, r);
+      if (taken == 1) dots<1, 1, 4>(w, part, depth, out, r);
+    }
     for (size_t c = 0; c < taken; ++c) take(m + c, out[0][c], out[1][c], out[2][c], out[3][c]);
     m += taken;
   }
 }
 
-// y[m, n] += sum over k in [first, last) of x[m, k] * w[k, n]; eight rows of weights at a time.
+// y[m, n] += sum over k in [first, last) of x[m, k] * w[k, n]; sixteen rows of weights at a time.
 template <class T>
 inline void add_rows(const T* w, const float* x, float* y, size_t rows, size_t depth, size_t width, size_t first,
                      size_t last) {
-  constexpr size_t kRows = 8;
+  constexpr size_t kRows = 16;
   size_t k = first;
   for (; k + kRows <= last; k += kRows) {
     size_t n = 0;

@@ -20,8 +20,10 @@ using kernels::dots_of_rows;
 using ort::Tensor;
 
 constexpr size_t kRowsOfTask = 32;     // weight rows of one task of a product
+constexpr size_t kRowsOfX = 64;        // rows of X that a task holds in the cache while it goes over its weights
 constexpr size_t kSliceOfTask = 128;   // summed rows of one task; each keeps a partial sum
 constexpr size_t kMaxSlices = 16;
+constexpr size_t kPartialSums = 1 << 22;  // numbers, all slices together
 constexpr size_t kColumnsOfTask = 64;  // right-hand sides of one task of a solve
 
 OrtStatus* first_error(std::initializer_list<const Tensor*> tensors) {
@@ -63,16 +65,17 @@ OrtStatus* compact_linear(OrtKernelContext* context) {
   T* y = static_cast<T*>(out);
   auto task = [&](size_t index) {
     const size_t last = std::min(width, (index + 1) * kRowsOfTask);
-    for (size_t n = index * kRowsOfTask; n < last; n += 4) {
-      const size_t count = std::min<size_t>(4, last - n);
-      const T* const four[4] = {w + n * depth, w + (n + std::min<size_t>(1, count - 1)) * depth,
-                                w + (n + std::min<size_t>(2, count - 1)) * depth,
-                                w + (n + std::min<size_t>(3, count - 1)) * depth};
-      dots_of_rows(four, wide, rows, depth, [&](size_t m, float a, float b, float c, float d) {
-        const float sums[4] = {a, b, c, d};
-        for (size_t i = 0; i < count; ++i) kernels::narrow(sums[i], y[m * width + n + i]);
-      });
-    }
+    for (size_t top = 0; top < rows; top += kRowsOfX)
+      for (size_t n = index * kRowsOfTask; n < last; n += 4) {
+        const size_t count = std::min<size_t>(4, last - n);
+        const T* four[4];
+        for (size_t i = 0; i < 4; ++i) four[i] = w + (n + std::min(i, count - 1)) * depth;
+        dots_of_rows(four, wide + top * depth, std::min(kRowsOfX, rows - top), depth,
+                     [&](size_t m, float a, float b, float c, float d) {
+                       const float sums[4] = {a, b, c, d};
+                       for (size_t i = 0; i < count; ++i) kernels::narrow(sums[i], y[(top + m) * width + n + i]);
+                     });
+      }
   };
   return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
 }
@@ -95,14 +98,17 @@ OrtStatus* compact_swiglu(OrtKernelContext* context) {
   T* y = static_cast<T*>(out);
   auto task = [&](size_t index) {
     const size_t last = std::min(width, (index + 1) * kRowsOfTask);
-    for (size_t n = index * kRowsOfTask; n < last; n += 2) {
-      const size_t second = std::min(n + 1, last - 1);
-      const T* const four[4] = {g + n * depth, g + second * depth, u + n * depth, u + second * depth};
-      dots_of_rows(four, wide, rows, depth, [&](size_t m, float g0, float g1, float u0, float u1) {
-        kernels::narrow(g0 / (1 + std::exp(-g0)) * u0, y[m * width + n]);
-        kernels::narrow(g1 / (1 + std::exp(-g1)) * u1, y[m * width + second]);
-      });
-    }
+    for (size_t top = 0; top < rows; top += kRowsOfX)
+      for (size_t n = index * kRowsOfTask; n < last; n += 2) {
+        const size_t second = std::min(n + 1, last - 1);
+        const T* const four[4] = {g + n * depth, g + second * depth, u + n * depth, u + second * depth};
+        dots_of_rows(four, wide + top * depth, std::min(kRowsOfX, rows - top), depth,
+                     [&](size_t m, float g0, float g1, float u0, float u1) {
+                       T* row = y + (top + m) * width;
+                       kernels::narrow(g0 / (1 + std::exp(-g0)) * u0, row[n]);
+                       kernels::narrow(g1 / (1 + std::exp(-g1)) * u1, row[second]);
+                     });
+      }
   };
   return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
 }
@@ -122,11 +128,14 @@ OrtStatus* compact_output(OrtKernelContext* context) {
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
   const T* w = static_cast<const T*>(weight.data);
   // slices of the sum, not of the columns: each task reads its rows of the weight from end to end
-  const size_t slices = std::clamp<size_t>(depth / kSliceOfTask, 1, kMaxSlices), size = rows * width;
+  const size_t size = rows * width, most = std::clamp<size_t>(kPartialSums / size, 1, kMaxSlices);
+  const size_t slices = std::clamp<size_t>(depth / kSliceOfTask, 1, most);
   std::vector<float> partial(slices * size);
   auto task = [&](size_t index) {
-    kernels::add_rows(w, wide, partial.data() + index * size, rows, depth, width, index * depth / slices,
-                      (index + 1) * depth / slices);
+    for (size_t top = 0; top < rows; top += kRowsOfX)
+      kernels::add_rows(w, wide + top * depth, partial.data() + index * size + top * width,
+                        std::min(kRowsOfX, rows - top), depth, width, index * depth / slices,
+                        (index + 1) * depth / slices);
   };
   if (auto* error = ort::parallel_for(context, slices, task)) return error;
   T* y = static_cast<T*>(out);
