@@ -70,5 +70,5 @@ def test_gives_the_tokens_of_ort_model(folder, session, batch, length):
 def test_every_call_has_to_bring_its_selection(session):
     state = empty(session, 1)
     del state["pp_compact.1.mlp.gate"]
-    with pytest.raises(ValueError, match="pp_compact.1.mlp.gate"):
+    with pytest.raises(ValueError, match=r"pp_compact\.1\.mlp\.gate"):
         step(session, np.ones((1, 4), np.int64), state)
