@@ -21,6 +21,8 @@ from .config import ProbePruningConfig
 from .errors import InputError
 from .history import history_frozen
 from .macs import attention_core_macs, block_bytes, count_macs, head_weight, kept_head_share, key_value_bytes
+from .shares import time_shares
+from .static import static_copy
 from .transform import transform
 
 _WARM_UP = 3
@@ -109,8 +111,10 @@ def bench(
     Returns:
         `dense_ms`, `pruned_ms`, `ratio` (decoder blocks without the LM head, median CPU time; wall time on CUDA),
         `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
-        too), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact
-        weights), `compact_mb`, `peak_memory_mb` of the process.
+        too), `static_ratio` (the same kept channels cut out of the weights once: what no pruning that decides while it
+        runs can beat; None where heads are pruned or weights fused), `shares` (prefill: see `pp_fx.shares`), `wall`
+        and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
+        `compact_mb`, `peak_memory_mb` of the process.
 
     Raises:
         InputError: the ids, the phase or a number cannot be used.
@@ -128,8 +132,12 @@ def bench(
     ids = ids.to(device)
     with _threads(threads), torch.no_grad(), history_frozen(pruned):
         sides = {"dense": _Side(model, compiled), "pruned": _Side(pruned, compiled)}
+        sliced = static_copy(model, pruned, ids)
+        if sliced is not None:
+            sides["static"] = _Side(sliced, compiled)
         if phase == "prefill":
             extra = _prefill(sides, ids, progress(range(_WARM_UP + repeats), "prefill"))
+            extra["shares"] = time_shares(pruned, ids)
         else:
             extra = _decode(sides, ids, new_tokens, compiled, progress)
     gate = "wall" if device.type == "cuda" else "cpu"
@@ -140,6 +148,7 @@ def bench(
         "pruned_ms": slim.blocks.median(gate),
         "ratio": slim.blocks.median(gate) / dense.blocks.median(gate),
         **ideals["blocks"],
+        "static_ratio": sides["static"].blocks.median(gate) / dense.blocks.median(gate) if sliced is not None else None,
         "wall": {
             "dense_ms": dense.blocks.median("wall"),
             "pruned_ms": slim.blocks.median("wall"),

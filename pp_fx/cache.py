@@ -31,6 +31,7 @@ class Selection:
         former: (changed, selection before) where only the bool scalar `changed` tells, inside a compiled graph,
             whether this selection or the one before counts; None otherwise.
         version: of the layer's weights that it was made with.
+        in_place: whether products read the kept rows where they lie (`pp_fx.kernels`).
         compacts: whether decode steps read compact weights; the first one gathers them.
         inputs: linear layers that hold the kept rows of the input projections, each with the numbers of rows of the
             projections stacked in it; None while not gathered.
@@ -44,6 +45,7 @@ class Selection:
         self.version = version
         self.compensation: Compensation | None = None
         self.former: tuple[Tensor, Selection] | None = None
+        self.in_place = False
         self.compacts = False
         self.inputs: list[tuple[Linear, list[int]]] | None = None
         self.output: Linear | None = None

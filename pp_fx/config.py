@@ -139,6 +139,10 @@ class ProbePruningConfig:
             (0, 1], or None for no guard.
         compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
             other layers gather at every step. None: no limit; 0: keep only the indices.
+        guard: measure at `transform` (and after loading) from how many tokens on pruning is not slower than the dense
+            layer on this machine, uncompiled, and leave smaller calls dense; `explain` reports it.
+        kernel_rows: calls of at most so many rows (B x T) multiply with the kept rows where they lie in place of
+            copying them (Triton on CUDA; `benchmarks/gpu.py` measures up to how many rows that is faster). 0: never.
         version: of this schema.
 
     Raises:
@@ -171,6 +175,8 @@ class ProbePruningConfig:
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
+    guard: bool = False
+    kernel_rows: int = 0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -209,6 +215,8 @@ class ProbePruningConfig:
                     f"drift_threshold={self.drift_threshold} has no meaning with decode={self.decode!r}; leave it None "
                     "or choose decode='sticky'"
                 )
+        _flag("guard", self.guard)
+        _integer("kernel_rows", self.kernel_rows, 0)
         if self.compact_megabytes is not None:
             _number("compact_megabytes", self.compact_megabytes, 0, math.inf)
         if self.reprobes and self.history == "position":

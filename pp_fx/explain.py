@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig
 from .errors import InputError, UnsupportedModelError
+from .exported import LAYER
 from .groups import AttentionGroup, Group
 from .macs import Macs, layer_macs
 from .structure import find_structures
@@ -152,8 +154,17 @@ def _of_transformed(model: nn.Module, batch: int, length: int) -> Explanation:
     reports = []
     for index, layer in enumerate(layers_of(model)):
         kept = {kind: state.kept_units for kind, state in layer.states().items()}
-        reports.append(_report(index, layer, layer.groups, kept, layer.reasons, config, batch, length))
+        reasons = [*layer.reasons, *_guarded(layer)]
+        reports.append(_report(index, layer, layer.groups, kept, reasons, config, batch, length))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
+
+
+def _guarded(layer: nn.Module) -> list[str]:
+    """What the guard has measured, in words."""
+    tokens = layer.__dict__[LAYER].guard_tokens
+    if not tokens:
+        return []
+    return [f"guard: calls of fewer than {tokens} tokens" if tokens < math.inf else "guard: calls of any size"]
 
 
 def _report(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .cache import Linear, Selection
 from .compensation import Compensation
 
@@ -51,6 +52,13 @@ def gather_rows(
         rest = ((weights[i], biases[i], rows) for i, rows in layout[len(done) :])
         return (*done, *(F.linear(x, *_rows(*whole)) for whole in rest))
     columns = selection.columns
+    if selection.in_place and not selection.compacts:
+        return tuple(
+            _in_place(x, weights[i], biases[i], _index(rows, columns))
+            if position < pruned
+            else F.linear(x, *_rows(weights[i], biases[i], rows))
+            for position, (i, rows) in enumerate(layout)
+        )
     linears = [
         _rows(weights[i], biases[i], _index(rows, columns) if position < pruned else rows)
         for position, (i, rows) in enumerate(layout)
@@ -97,8 +105,14 @@ def gather_columns(
     """
     if selection is None:
         return F.linear(z, weight, bias)
+    corrected = compensation is not None and compensation.correction is not None
+    if selection.in_place and not selection.compacts and selection.output is None and not corrected:
+        out = kernels.gather_output(z.flatten(0, -2), weight.t(), selection.columns).view(*z.shape[:-1], -1)
+        for vector in (bias, None if compensation is None else compensation.vector):
+            out = out if vector is None else out + vector
+        return out
     if selection.output is None:
-        kept = weight.t().index_select(0, selection.columns)
+        kept = _kept_columns(weight, selection.columns)
         if compensation is not None:
             bias = compensation.vector if bias is None else bias + compensation.vector
             kept = kept if compensation.correction is None else kept + compensation.correction
@@ -111,6 +125,17 @@ def gather_columns(
     kept, bias = selection.output
     out = F.linear(z, kept)
     return out if bias is None else out + bias  # for few rows cheaper than a bias inside the product
+
+
+def _in_place(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """[..., H] -> [..., kept], without a copy of the kept rows."""
+    out = kernels.gather_linear(x.flatten(0, -2), weight, rows).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias.index_select(0, rows)
+
+
+def _kept_columns(weight: Tensor, columns: Tensor) -> Tensor:
+    """[H, C] -> [kept, H], rows of the memory."""
+    return weight.t().index_select(0, columns)
 
 
 def _index(rows: Rows, columns: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class LayerInfo:
         owner: identity of the transform (an int that no other transform of this process has).
         prunes: whether anything of this layer is dropped.
         version: of the layer's weights; grows when they are loaded or moved.
+        guard_tokens: calls of fewer tokens (B x T) select nothing (`pp_fx.guard`); 0 without the guard.
     """
 
     def __init__(self, index: int, owner: int, config: ProbePruningConfig, prunes: bool) -> None:
@@ -46,6 +47,7 @@ class LayerInfo:
         self.config = config
         self.prunes = prunes
         self.version = 0
+        self.guard_tokens: float = 0
 
 
 class Plan(NamedTuple):
@@ -74,25 +76,30 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
 
     Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
-    on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense.
+    on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense. Calls
+    that the guard finds too small select nothing: they reuse a selection, or run dense where there is none.
     """
     shape = hidden_states.shape[0], hidden_states.shape[1]
+    # an exported graph knows no machine
+    guarded = layer.guard_tokens > 0 and not torch.compiler.is_exporting()
+    small = guarded and shape[0] * shape[1] < layer.guard_tokens
     if not layer.prunes:
         return Plan(shape, False, False, cache, {})
     if cache is None:
-        return Plan(shape, True, False, None, {})
+        return Plan(shape, not small, False, None, {})
     selections = selections_on(cache)
     stored = _stored(layer, selections)
     length, config = shape[1], layer.config
-    if not stored or length >= config.min_select_tokens:
+    if (not stored or length >= config.min_select_tokens) and not small:
         return Plan(shape, True, False, cache, stored)
-    if torch.compiler.is_compiling():
+    if stored and torch.compiler.is_compiling():
         cached = cache.get_seq_length(layer.index)
         if isinstance(cached, Tensor):  # a StaticCache: `check_cache` could not see whether it was reset
             if length > 1 and config.decode != "dense":
                 return Plan(shape, True, False, cache, stored, cached == 0)
             torch._assert_async(cached > 0, _RESET)
-    return Plan(shape, False, selections.reprobes, cache, {} if config.decode == "dense" else stored)  # type: ignore[union-attr]
+    reprobes = selections is not None and selections.reprobes
+    return Plan(shape, False, reprobes, cache, {} if config.decode == "dense" else stored)
 
 
 _RESET = (
@@ -138,7 +145,7 @@ def check_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     known = not (isinstance(length, Tensor) and torch.compiler.is_compiling())
     empty = known and bool(length == 0)
     if selections is None:
-        if not empty and not torch.compiler.is_compiling():
+        if not empty and not torch.compiler.is_compiling() and not info.config.guard:
             warnings.warn(
                 "past_key_values holds tokens but no selection of pp_fx (it comes from an untransformed model); the "
                 "present call's tokens select",

@@ -121,6 +121,8 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
     old = None if plan.empty is None else plan.stored[state.name]
     selection = _selection(state, _best(state, scores), layer, plan.empty, old)
     selection.compacts = torch.compiler.is_exporting()
+    limit = 0 if selection.compacts else state.config.kernel_rows
+    selection.in_place = limit > 0 and plan.shape[0] * plan.shape[1] <= limit
     store(layer, plan, state.name, selection)
     return selection
 

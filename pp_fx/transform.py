@@ -15,6 +15,7 @@ from .capture import find_layers, structure_key
 from .config import ProbePruningConfig
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .groups import AttentionGroup, Group
+from .guard import TOKENS, set_guard
 from .plan import INFO, LayerInfo, ModelInfo, check_cache
 from .state import GroupState
 from .structure import Structure, find_structures
@@ -85,6 +86,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
             done.append(layer)
             install(layer, cls, LayerInfo(i, owner, config, any(s.prunes for s in states.values())), states)
         compare_layers(layers, calls, dense)
+        if config.guard:
+            set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
         model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
         holder.__dict__[INFO] = ModelInfo(owner, config, prunes)

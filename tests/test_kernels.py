@@ -1,0 +1,96 @@
+"""The Triton kernels in Triton's interpreter, and the operators on this device, against plain products."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pp_fx
+from pp_fx.kernels import gather_linear, gather_output
+
+from .conftest import tiny_llama
+
+SHAPES = (st.integers(0, 70), st.integers(1, 140), st.integers(1, 150), st.data())
+
+
+def tensors(rows, hidden, channels, data, dtype=torch.float32, device="cpu"):
+    count = data.draw(st.integers(1, channels))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    kept = torch.randperm(channels, generator=generator)[:count].sort().values
+    x, z = (torch.randn(rows, size, generator=generator) for size in (hidden, count))
+    weight = torch.randn(channels, hidden, generator=generator)
+    return (t.to(device=device, dtype=dtype if t.is_floating_point() else None) for t in (x, z, weight, kept))
+
+
+def agrees(linear, output, rows, hidden, channels, data, device="cpu"):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        x, z, weight, kept = tensors(rows, hidden, channels, data, dtype, device)
+        wide = weight.double()[kept]
+        for found, right in (
+            (linear(x, weight, kept), x.double() @ wide.t()),
+            (output(z, weight, kept), z.double() @ wide),
+        ):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), right, atol=tolerance * 12, rtol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(*SHAPES)
+def test_the_operators_are_products_with_the_kept_rows(rows, hidden, channels, data):
+    agrees(gather_linear, gather_output, rows, hidden, channels, data)
+
+
+def test_the_operators_are_registered_as_compilers_need_them():
+    x, weight, kept = torch.randn(3, 8), torch.randn(10, 8), torch.tensor([1, 4, 7])
+    torch.library.opcheck(gather_linear, (x, weight, kept))
+    torch.library.opcheck(gather_output, (torch.randn(3, 3), weight, kept))
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": True}, {"heads": 4, "kv_heads": 4}])
+def test_a_model_gives_the_same_with_products_in_place(ids, changes):
+    """Up to `kernel_rows` rows; larger calls copy the rows as before."""
+    made = []
+    for rows in (0, 120):
+        config = pp_fx.ProbePruningConfig(
+            mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, kernel_rows=rows
+        )
+        model = pp_fx.transform(tiny_llama(**changes), config)
+        with torch.no_grad(), pp_fx.history_frozen(model):
+            forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+            made.append([model(ids).logits, forward(ids).logits, model(torch.cat([ids, ids])).logits])
+        made[-1].append(model.generate(ids, max_new_tokens=4, do_sample=False).float())
+    for found, right in zip(*made, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None)
+@given(*SHAPES)
+def test_the_kernels_on_a_gpu(rows, hidden, channels, data):
+    agrees(gather_linear, gather_output, rows, hidden, channels, data, "cuda")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernels_in_tritons_interpreter():
+    """In a process of its own: Triton decides at import whether it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.test_kernels"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    from pp_fx.kernels.triton_gather import linear, output
+
+    @settings(max_examples=15, deadline=None)
+    @given(*SHAPES)
+    def interpreted(rows, hidden, channels, data):
+        agrees(linear, output, rows, hidden, channels, data)
+
+    interpreted()
