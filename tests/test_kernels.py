@@ -28,8 +28,8 @@ def tensors(rows, hidden, channels, data, dtype=torch.float32, device="cpu"):
     return (t.to(device=device, dtype=dtype if t.is_floating_point() else None) for t in (x, z, weight, kept))
 
 
-def agrees(linear, output, rows, hidden, channels, data, device="cpu"):
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+def agrees(linear, output, rows, hidden, channels, data, device="cpu", half=torch.bfloat16):
+    for dtype, tolerance in ((torch.float32, 1e-4), (half, 3e-2)):
         x, z, weight, kept = tensors(rows, hidden, channels, data, dtype, device)
         wide = weight.double()[kept]
         for found, right in (
@@ -88,9 +88,10 @@ def test_the_kernels_in_tritons_interpreter():
 if __name__ == "__main__":
     from pp_fx.kernels.triton_gather import linear, output
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(*SHAPES)
     def interpreted(rows, hidden, channels, data):
-        agrees(linear, output, rows, hidden, channels, data)
+        # numpy, the interpreter's ground, multiplies no bf16
+        agrees(linear, output, rows, hidden, channels, data, half=torch.float16)
 
     interpreted()
