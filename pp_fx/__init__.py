@@ -9,6 +9,7 @@ from .calibrate import calibrate
 from .compare import compare
 from .config import ProbeConfig, ProbePruningConfig
 from .explain import explain
+from .hf_quantizer import ProbePruningHfConfig, register
 from .history import history_frozen
 from .transform import is_transformed, restore, transform
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ProbeConfig",
     "ProbePruningConfig",
+    "ProbePruningHfConfig",
     "allocate",
     "calibrate",
     "compare",
@@ -30,6 +32,7 @@ __all__ = [
     "transform",
 ]
 __version__ = "0.1.0"
+register()
 
 
 def __getattr__(name: str) -> Any:

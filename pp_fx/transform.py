@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -24,6 +25,8 @@ from .verify import compare_layers, run_layer
 logger = logging.getLogger(__name__)
 CONFIG = "pp_fx_config"
 """Attribute of a transformed model that holds its ProbePruningConfig."""
+SAVE = "save_pretrained"
+"""Attribute of a transformed model that shadows its class's method (`pp_fx.saving`)."""
 _owners = itertools.count(1)
 
 
@@ -91,6 +94,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
         holder.__dict__[INFO] = ModelInfo(owner, config, prunes)
+        if hasattr(model, SAVE):
+            model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
         holder.register_forward_pre_hook(check_cache, with_kwargs=True)
         model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
@@ -110,6 +115,7 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in layers_of(model):
         uninstall(layer)
     model.__dict__.pop(CONFIG, None)
+    model.__dict__.pop(SAVE, None)
     for module in model.modules():
         module.__dict__.pop(INFO, None)
         hooks = module._forward_pre_hooks
@@ -148,6 +154,12 @@ def _compact_size(layer: nn.Module, group: Group, kept: int) -> float:
     shares += [(p, p.share) for p in group.whole]
     weights = [(layer.get_parameter(p.path), share) for p, share in shares]
     return sum(w.numel() * w.element_size() * share for w, share in weights)
+
+
+def _save_pretrained(model: nn.Module, save_directory: Any, **kwargs: Any) -> None:
+    from .saving import save_pretrained  # it stands on this module
+
+    save_pretrained(model, save_directory, **kwargs)
 
 
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,99 @@
+"""`from_pretrained` gives back a pruned model: transformers' plug-in point for methods that live outside of it.
+
+https://huggingface.co/docs/transformers/quantization/contribute. The method is no quantization; the plug-in point is
+the one at which a configuration in config.json changes the model that is loaded. Registered by `import pp_fx`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import ProbePruningConfig
+from .errors import ConfigError, StateError
+from .saving import HISTORY, read_history
+from .transform import transform
+
+METHOD = "pp_fx"
+
+
+class ProbePruningHfConfig(QuantizationConfigMixin):
+    """A ProbePruningConfig as transformers passes it around.
+
+    `from_pretrained(dense, quantization_config=ProbePruningHfConfig(config))` loads and transforms.
+
+    Args:
+        config: what to prune; or its fields as keywords, as config.json holds them.
+        history_file: whether the folder holds a history.
+
+    Raises:
+        ConfigError: a field is unknown or has a wrong value.
+    """
+
+    def __init__(
+        self,
+        config: ProbePruningConfig | None = None,
+        *,
+        quant_method: str = METHOD,
+        history_file: bool = False,
+        **fields: Any,
+    ) -> None:
+        if config is not None and fields:
+            raise ConfigError(f"config and {', '.join(sorted(fields))} exclude each other; give one of them")
+        if not isinstance(history_file, bool):
+            raise ConfigError(f"history_file={history_file!r} is not a boolean; give True or False")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.config = config if config is not None else ProbePruningConfig.from_dict(fields)
+        self.history_file = history_file
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types: the method, and every field of the configuration."""
+        return {"quant_method": METHOD, "history_file": self.history_file, **self.config.to_dict()}
+
+
+class ProbePruningHfQuantizer(HfQuantizer):
+    """Transforms a model when its weights are in place, and reads its history."""
+
+    requires_calibration = False
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        settings: Any = self.quantization_config
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+        transform(model, settings.config)
+        if settings.history_file:
+            path = cached_file(
+                model.config._name_or_path,
+                HISTORY,
+                revision=getattr(model.config, "_commit_hash", None),
+                _raise_exceptions_for_missing_entries=False,
+            )
+            if path is None:
+                raise StateError(
+                    f"{model.config._name_or_path} has no {HISTORY}; copy the whole folder, or set "
+                    "'history_file': false in config.json to start without a history"
+                )
+            read_history(model, path)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving is `pp_fx.saving`'s."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Only as far as the model is: pruning passes gradients to what ran."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know the method, once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(ProbePruningHfConfig)
+        register_quantizer(METHOD)(ProbePruningHfQuantizer)
