@@ -14,22 +14,22 @@ def tiny_llama(
 ):
     """A random Llama with weights large enough that errors show up."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=16 * heads,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=intermediate,
-        attention_bias=bias,
-        mlp_bias=bias,
-        tie_word_embeddings=tied,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **changes,
-    )
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 16 * heads,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "attention_bias": bias,
+        "mlp_bias": bias,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    config = LlamaConfig(**{**fields, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for p in model.parameters():
