@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import InputError, StateError
 from .gram import gram_of_sums
 from .progress import track
@@ -37,6 +38,8 @@ def calibrate(
         batch_size: sequences per batch of a tensor or of texts.
         progress: show a progress bar on stderr.
 
+    Under torch.distributed every rank gives batches of its own, and all end with the history of all batches.
+
     Returns:
         The same model. Its former history is replaced.
 
@@ -56,22 +59,34 @@ def calibrate(
         for state in states:
             state.mode, state.sums = "calibrate", {}
             state.sketch = None if state.directions is None else Sketch(len(state.directions))
-        count = 0
-        for index, batch in enumerate(track(prepared, "calibrate", progress)):
-            inputs = _inputs(model, batch, index)
-            # statistics are gathered in Python, so a compiled forward runs uncompiled here
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
-            _check_finite(states, index)
-            count += 1
-        if count == 0:
+        failed: Exception | None = None
+        try:
+            count = _run(model, states, prepared, device, progress)
+        except Exception as error:
+            count, failed = 0, error
+        distributed.agree(failed)
+        if sum(distributed.gather(count)) == 0:
             raise InputError("batches is empty; give at least one batch of token ids")
+        distributed.merge_statistics(states)
         for state in states:
             _commit(state)
     finally:
         for state, mode in zip(states, before, strict=True):
             state.mode, state.sums, state.sketch = mode, {}, None
     return model
+
+
+def _run(model: Any, states: list[GroupState], batches: Any, device: Any, progress: bool) -> int:
+    """Dense forward passes that add to the states' sums; how many batches there were."""
+    count = 0
+    for index, batch in enumerate(track(batches, "calibrate", progress)):
+        inputs = _inputs(model, batch, index)
+        # statistics are gathered in Python, so a compiled forward runs uncompiled here
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+        _check_finite(states, index)
+        count += 1
+    return count
 
 
 def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:

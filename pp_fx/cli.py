@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -20,6 +21,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .compare import compare, plot, table
 from .config import ProbePruningConfig
+from .distributed import processes, world
 from .errors import InputError, PpFxError
 from .evaluate import evaluate
 from .explain import explain
@@ -79,18 +81,21 @@ def eval_command(
     compile_model: Compile = False,
     json_file: Json = None,
 ) -> None:
-    """Perplexity and time of MODEL, dense and pruned, over a text."""
+    """Perplexity and time of MODEL, dense and pruned, over a text. Under torchrun the processes share the batches."""
     console = _console(json_file)
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
     _dtype(dtype)
     texts = {"text": read(text)}
     if calibration is not None:
         texts["calibration"] = read(calibration)
-    loaded, tokenizer = load(model, _dtype(dtype))
-    ids = sequences(texts["text"], tokenizer, sequence_count, length)
-    sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
-    result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=json_file != "-")
-    _report({"model": model, **result}, json_file, console)
+    with processes() as rank:
+        loaded, tokenizer = load(model, _dtype(dtype))
+        ids = sequences(texts["text"], tokenizer, sequence_count, length)
+        sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
+        progress = json_file != "-" and rank == 0
+        result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=progress)
+    if rank == 0:
+        _report({"model": model, **result}, json_file, console)
 
 
 @app.command("bench")
@@ -280,18 +285,21 @@ def run_eval(
     excludes compilation.
     """
 
+    rank, ranks = world()
+
     def measure(label: str) -> Any:
         forward = torch.compile(model, fullgraph=True) if compiled else None
         if forward is not None:
             with torch.no_grad(), history_frozen(model):
                 forward(input_ids=ids[:batch], use_cache=False)
                 return evaluate(model, ids, batch, forward=forward, progress=label if progress else None)
-        return evaluate(model, ids, batch, progress=label if progress else None)
+        with history_frozen(model) if ranks > 1 else contextlib.nullcontext():  # each rank would learn of its own share
+            return evaluate(model, ids, batch, progress=label if progress else None)
 
     dense = measure("dense")
     transform(model, config)
     if calibration is not None:
-        calibrate(model, calibration, progress=progress)
+        calibrate(model, calibration[rank::ranks], progress=progress)
     pruned = measure("pruned")
     macs = count_macs(model, min(batch, len(ids)), ids.shape[1])
     stderr = pruned.stderr_vs(dense) if len(ids) > 1 else None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibrate import check_token_ids
+from .distributed import gather, world
 from .errors import InputError
 from .progress import track
 
@@ -53,6 +54,9 @@ def evaluate(
 ) -> Evaluation:
     """Teacher-forced perplexity: each sequence is one window, its first token is context only.
 
+    Under torch.distributed the ranks share the batches, and all get the numbers of the whole text: those of one
+    process with the history frozen (`pp_fx.history_frozen`), since a history that learns sees other batches on each.
+
     Args:
         model: any causal language model in eval mode.
         ids: int64 [N, T].
@@ -70,9 +74,10 @@ def evaluate(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch={batch!r} is not valid; give an integer >= 1")
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    rank, ranks = world()
     losses, seconds = [], 0.0
-    parts: Any = ids.split(batch)
-    for part in track(parts, progress or "", progress is not None):
+    parts: Any = ids.split(batch)[rank::ranks]
+    for part in track(parts, progress or "", progress is not None and rank == 0):
         part = part.to(device)
         start = time.perf_counter()
         logits = (forward or model)(input_ids=part, use_cache=False).logits
@@ -82,8 +87,15 @@ def evaluate(
         for rows, targets in zip(logits.split(_LOSS_CHUNK), part.split(_LOSS_CHUNK), strict=True):
             loss = F.cross_entropy(rows[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
             losses.append(loss.view(len(rows), -1).mean(1).cpu())
-    per_sequence = torch.cat(losses)
+    shares = gather((_by_batch(losses, batch), seconds))
+    order = [share[index] for index in range(len(shares[0][0])) for share, _ in shares if index < len(share)]
+    per_sequence, seconds = torch.cat(order), max(lasted for _, lasted in shares)
     return Evaluation(per_sequence.double().mean().item(), seconds, per_sequence)
+
+
+def _by_batch(losses: list[Tensor], batch: int) -> list[Tensor]:
+    """Losses of the sequences, one tensor for each batch."""
+    return list(torch.cat(losses).split(batch)) if losses else []
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .gram import gram_sums
+from .padding import add_padded
 from .probe import probe_channel_moment, probe_moment
 from .state import states_of
 
@@ -129,12 +130,7 @@ def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
     counts = torch.ones(z.shape[:2], device=z.device) if real is None else real.float()
     for key, value in (("energy", z.pow(2).sum(dims)), ("count", counts.sum(dims)), ("mean", z.sum((0, 1)))):
         old = state.sums.get(key)
-        if old is not None and per_position and key != "mean" and old.shape[0] != value.shape[0]:
-            longer, shorter = (old, value) if old.shape[0] > value.shape[0] else (value, old)
-            value = longer.clone()
-            value[: shorter.shape[0]] += shorter
-            old = None
-        state.sums[key] = value.double() if old is None else old + value
+        state.sums[key] = value.double() if old is None else add_padded(old, value.double())
 
 
 @contextlib.contextmanager

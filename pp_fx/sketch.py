@@ -47,16 +47,31 @@ class Sketch:
             return
         mean = rows.mean(0)
         centred = rows - mean
-        variance = centred.square().mean(0)
+        self._join(count, mean, centred.square().mean(0), centred / count**0.5)
+
+    def parts(self) -> tuple[int, Tensor, Tensor, Tensor] | None:
+        """What `merge` takes: number of rows, mean, variance, factor; None before the first row."""
         if self.mean is None or self.variance is None or self.factor is None:
-            self.mean, self.variance, stack = mean, variance, centred / count**0.5
+            return None
+        return self.count, self.mean.cpu(), self.variance.cpu(), self.factor.cpu()
+
+    def merge(self, parts: tuple[int, Tensor, Tensor, Tensor] | None, device: torch.device) -> None:
+        """Take the rows that another sketch has seen, by its `parts`."""
+        if parts is not None:
+            count, *tensors = parts
+            self._join(count, *(t.to(device) for t in tensors))
+
+    def _join(self, count: int, mean: Tensor, variance: Tensor, factor: Tensor) -> None:
+        """Rows of this mean and variance, whose covariance is factor.T @ factor."""
+        if self.mean is None or self.variance is None or self.factor is None:
+            self.mean, self.variance, stack = mean, variance, factor
         else:
             total = self.count + count
             old, new = self.count / total, count / total
             shift = (mean - self.mean) * (old * new) ** 0.5
             self.variance = old * self.variance + new * variance + shift.square()
             self.mean = old * self.mean + new * mean
-            stack = torch.cat([self.factor * old**0.5, centred * (new / count) ** 0.5, shift[None]])
+            stack = torch.cat([self.factor * old**0.5, factor * new**0.5, shift[None]])
         self.count += count
         self.factor = _principal(stack, self.variance, _SPARE * self.rank)
 
