@@ -11,6 +11,7 @@ from .config import ProbeConfig, ProbePruningConfig
 from .explain import explain
 from .hf_quantizer import ProbePruningHfConfig, register
 from .history import history_frozen
+from .report import report
 from .transform import is_transformed, restore, transform
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "export",
     "history_frozen",
     "is_transformed",
+    "report",
     "restore",
     "transform",
 ]

@@ -29,6 +29,7 @@ from .history import history_frozen
 from .macs import Macs, count_macs, kept_per_layer
 from .methods import METHODS
 from .models import EMBEDDED, load, load_config
+from .report import report
 from .text import PYTHON_DOCS, read, sequences
 from .transform import transform
 
@@ -140,6 +141,34 @@ def bench_command(
         console.print(_bench_table(result))
 
 
+@app.command("report")
+def report_command(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write: report.html, pictures, report.json.")],
+    text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")] = PYTHON_DOCS,
+    calibration: Annotated[str | None, typer.Option(help="UTF-8 file; none: what follows the text.")] = None,
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "default,paper,wanda_sp,flap",
+    ratios: Annotated[str, typer.Option(help="Shares of MLP channels dropped, separated by commas.")] = "0.2,0.4",
+    sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 16,
+    length: Length = 512,
+    batch: Batch = 4,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Measure MODEL and write a page that shows quality against time, what is kept, and what it costs."""
+    texts = read(text), None if calibration is None else read(calibration)
+    loaded, tokenizer = load(model, _dtype(dtype))
+    if texts[1] is None:
+        both = sequences(texts[0], tokenizer, 2 * sequence_count, length)
+        ids, sample = both[:sequence_count], both[sequence_count:]
+    else:
+        ids = sequences(texts[0], tokenizer, sequence_count, length)
+        sample = sequences(texts[1], tokenizer, *_CALIBRATION)
+    found = report(
+        loaded, ids, sample, directory, methods=_names(methods), ratios=_numbers(ratios), batch=batch, title=model
+    )
+    Console().print(f"{found}: open it in a browser", soft_wrap=True)
+
+
 @app.command("build-ort-ops")
 def build_ort_ops_command(
     compiler: Annotated[str | None, typer.Option(help="g++ or clang++; default: the first one found.")] = None,
@@ -248,11 +277,7 @@ def compare_command(
 ) -> None:
     """Pruning methods side by side: perplexity with paired standard errors, MACs, time, perplexity per time saved."""
     console = _console(json_file)
-    names = tuple(METHODS) if methods == "all" else tuple(m.strip() for m in methods.split(","))
-    try:
-        shares = tuple(float(r) for r in ratios.split(","))
-    except ValueError:
-        raise InputError(f"ratios={ratios!r} is not a list of numbers; give for example 0.2,0.4") from None
+    names, shares = _names(methods), _numbers(ratios)
     texts = read(text), read(calibration)
     loaded, tokenizer = load(model, _dtype(dtype))
     ids, sample = sequences(texts[0], tokenizer, sequence_count, length), sequences(texts[1], tokenizer, *_CALIBRATION)
@@ -339,6 +364,17 @@ def _settings(preset: str, config: str | None, mlp: float | None, attention: flo
         ratio = given.pop("mlp_ratio", 0.4)
         return ProbePruningConfig.paper(ratio, **given)
     return ProbePruningConfig(**given)
+
+
+def _names(methods: str) -> tuple[str, ...]:
+    return tuple(METHODS) if methods == "all" else tuple(m.strip() for m in methods.split(","))
+
+
+def _numbers(ratios: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(r) for r in ratios.split(","))
+    except ValueError:
+        raise InputError(f"ratios={ratios!r} is not a list of numbers; give for example 0.2,0.4") from None
 
 
 def _dtype(name: str) -> torch.dtype:
