@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 NODE := examples/javascript/node_modules/.ready
 
-.PHONY: demo test lint bench families format
+.PHONY: demo test lint bench docs families format
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,11 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/suite.py
+
+# The site, in build/site; warnings are errors.
+docs: $(READY)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/docs .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 families: $(READY)
 	$(BIN)/python docs/families.py

@@ -118,8 +118,8 @@ class ProbePruningConfig:
         fusion_epsilon: added to the denominator of the importance-scaled fusion (the authors: 1e-6).
         score: registry name of the channel score, see `pp_fx.methods`.
         attention_score: registry name of the head score; None: the same as `score`.
-        mlp_compensation, attention_compensation: registry name of what stands in for the dropped channels, see
-            `pp_fx.compensation`, or None.
+        mlp_compensation: registry name of what stands in for the dropped channels, see `pp_fx.compensation`, or None.
+        attention_compensation: likewise for the dropped heads.
         compensation_mix: share of the history (against the probe) in the moments that a compensation uses, in [0, 1].
         compensation_rank: principal directions of the intermediate state that "least_squares" keeps from calibration.
         compensation_rows: probe rows, at most, that "least_squares" and the "joint" head score read.

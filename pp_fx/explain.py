@@ -123,7 +123,8 @@ def explain(
     Args:
         model: a causal language model, transformed or not, or its transformers configuration.
         config: what to prune; that of a transformed model, else `ProbePruningConfig()`.
-        batch, length: of the prefill for which the probe's MACs are counted.
+        batch: samples of the prefill for which the probe's MACs are counted.
+        length: its tokens per sample.
 
     Raises:
         UnsupportedModelError: no decoder layers, or a layer that cannot be captured; the message names what broke.

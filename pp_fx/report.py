@@ -47,7 +47,8 @@ def report(
         ids: int64 [N, T], the evaluation text; N at least twice `batch`, so that selections can be compared.
         calibration: int64 [M, T], other text.
         directory: made if need be; files of an earlier report are replaced.
-        methods, ratios: rows of the comparison, see `pp_fx.compare`.
+        methods: names of `pp_fx.methods.METHODS`, rows of the comparison.
+        ratios: shares of MLP channels dropped.
         batch: sequences per forward pass; one selection is made per batch.
         time_batch: sequences of the timed forward passes (at most N).
         repeats: timed forward passes of each side.
