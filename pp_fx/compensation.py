@@ -91,14 +91,15 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     # the two wide products in bf16 where the weight is; fp16 could overflow
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     dropped = weight.t().index_select(0, known.dropped).to(dtype)
-    target = (factor.index_select(1, known.dropped).to(dtype) @ dropped).float()
+    rows = torch.cat([factor, mu[None]]).index_select(1, known.dropped).to(dtype)
+    products = (rows @ dropped).float()  # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
-    solved = ops.solve(gram, target)
-    correction = ((kept_factor * scale).t().to(dtype) @ solved.to(dtype)).to(weight.dtype)
-    vector = mean(weight, known, ridge).vector
-    at_mean = mu.index_select(0, known.kept) @ correction.float()
-    return Compensation(vector - at_mean.to(weight.dtype), correction)
+    solved = ops.solve(gram, products[:-1])
+    coefficients = (kept_factor * scale).t()
+    correction = (coefficients.to(dtype) @ solved.to(dtype)).to(weight.dtype)
+    at_mean = (mu.index_select(0, known.kept) @ coefficients) @ solved
+    return Compensation((products[-1] - at_mean).to(weight.dtype), correction)
 
 
 def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: float) -> Compensation:
