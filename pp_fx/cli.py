@@ -34,10 +34,27 @@ from .text import PYTHON_DOCS, read, sequences
 from .transform import transform
 
 app = typer.Typer(
-    help="Probe Pruning: run only the attention heads and MLP channels that a batch needs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Probe Pruning: run only the attention heads and MLP channels that a batch needs.
+
+    Begin with `pp-fx demo`; `pp-fx explain MODEL` tells what of a model can be pruned, `pp-fx eval` what it costs in
+    perplexity, `pp-fx bench` what it saves in time, `pp-fx report` shows both; `pp-fx export` writes ONNX.
+
+    Exit codes: 0, done; 1, an error of the input, in one line; 2, wrong usage.
+    """
+    global _debug
+    _debug = debug
+
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CALIBRATION = (64, 512)
 
@@ -420,6 +437,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except PpFxError as error:
+        if _debug:
+            raise
         Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
 

@@ -119,3 +119,18 @@ def test_export_writes_a_folder_that_generates(folder, tmp_path):
     again = run("export", folder, str(tmp_path / "out"), "--mlp-ratio", "0.3")
     assert isinstance(again.exception, PpFxError)
     assert "not empty" in str(again.exception)
+
+
+def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path):
+    command = [sys.executable, "-m", "pp_fx.cli"]
+    arguments = ["explain", str(tmp_path / "missing")]
+    short = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert short.returncode == 1
+    assert "Traceback" not in short.stderr
+    assert "pp-fx: " in short.stderr
+    long = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True)
+    assert long.returncode == 1
+    assert "Traceback" in long.stderr
+    assert subprocess.run([*command, "explain", "--wrong"], capture_output=True).returncode == 2
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
+    assert all(name in shown for name in ("demo", "eval", "bench", "explain", "compare", "report", "export", "--debug"))

@@ -104,6 +104,15 @@ def test_c(folder, prompt, expected, tmp_path, monkeypatch, native):
     assert list(map(int, made.split())) == expected
 
 
+def test_prune(folder, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, num_hidden_layers=5))
+    model.save_pretrained(tmp_path / "dense")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "dense")
+    made = run(sys.executable, EXAMPLES / "prune.py", tmp_path / "dense", tmp_path / "out", "--ratio", "0.3")
+    assert "The quick brown fox" in made
+    assert (tmp_path / "out" / "pp_fx_history.safetensors").is_file()
+
+
 @needs_node
 def test_node(folder, prompt, expected):
     words = PreTrainedTokenizerFast.from_pretrained(folder)
