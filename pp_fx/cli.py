@@ -31,7 +31,7 @@ from .methods import METHODS
 from .models import EMBEDDED, load, load_config
 from .report import report
 from .text import PYTHON_DOCS, read, sequences
-from .transform import transform
+from .transform import CONFIG, is_transformed, restore, transform
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,7 +107,7 @@ def eval_command(
     if calibration is not None:
         texts["calibration"] = read(calibration)
     with processes() as rank:
-        loaded, tokenizer = load(model, _dtype(dtype))
+        loaded, tokenizer = _load_dense(model, dtype)
         ids = sequences(texts["text"], tokenizer, sequence_count, length)
         sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
         progress = json_file != "-" and rank == 0
@@ -141,7 +141,7 @@ def bench_command(
     if attention not in ("sdpa", "eager"):
         raise InputError(f"attention={attention!r} is unknown; choose sdpa or eager")
     prompts = read(text)
-    loaded, tokenizer = load(model, _dtype(dtype))
+    loaded, tokenizer = _load_dense(model, dtype)
     loaded.set_attn_implementation(attention)
     ids = sequences(prompts, tokenizer, batch, length)
 
@@ -173,7 +173,7 @@ def report_command(
 ) -> None:
     """Measure MODEL and write a page that shows quality against time, what is kept, and what it costs."""
     texts = read(text), None if calibration is None else read(calibration)
-    loaded, tokenizer = load(model, _dtype(dtype))
+    loaded, tokenizer = _load_dense(model, dtype)
     if texts[1] is None:
         both = sequences(texts[0], tokenizer, 2 * sequence_count, length)
         ids, sample = both[:sequence_count], both[sequence_count:]
@@ -225,7 +225,12 @@ def export_command(
         raise InputError(f"dtype={dtype!r} is unknown; choose float32 or float16")
     sample = None if calibration is None else read(calibration)
     loaded, tokenizer = load(model, torch.float32)
-    transform(loaded, settings)
+    if is_transformed(loaded):
+        if (mlp_ratio, attention_ratio, preset, config) != (None, None, "default", None):
+            raise InputError(f"model={model!r} is saved with its own pruning; leave ratios, preset and config out")
+        settings, sample = loaded.__dict__[CONFIG], None
+    else:
+        transform(loaded, settings)
     if sample is not None:
         calibrate(loaded, sequences(sample, tokenizer, *_CALIBRATION), progress=json_file != "-")
     if dtype == "float16":
@@ -296,7 +301,7 @@ def compare_command(
     console = _console(json_file)
     names, shares = _names(methods), _numbers(ratios)
     texts = read(text), read(calibration)
-    loaded, tokenizer = load(model, _dtype(dtype))
+    loaded, tokenizer = _load_dense(model, dtype)
     ids, sample = sequences(texts[0], tokenizer, sequence_count, length), sequences(texts[1], tokenizer, *_CALIBRATION)
     result = compare(
         loaded, ids, sample, methods=names, ratios=shares, attention_ratio=attention_ratio, batch=batch,
@@ -381,6 +386,15 @@ def _settings(preset: str, config: str | None, mlp: float | None, attention: flo
         ratio = given.pop("mlp_ratio", 0.4)
         return ProbePruningConfig.paper(ratio, **given)
     return ProbePruningConfig(**given)
+
+
+def _load_dense(model: str, dtype: str) -> tuple[Any, Any]:
+    """A model as it is without pruning, and its tokenizer: the commands try configurations of their own."""
+    loaded, tokenizer = load(model, _dtype(dtype))
+    if is_transformed(loaded):
+        Console(stderr=True).print(f"{model}: the pruning that it was saved with is left aside", style="yellow")
+        restore(loaded)
+    return loaded, tokenizer
 
 
 def _names(methods: str) -> tuple[str, ...]:

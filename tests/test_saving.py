@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pp_fx
 from pp_fx.errors import ConfigError, InputError, StateError
@@ -17,6 +17,8 @@ from pp_fx.saving import HISTORY, read_history
 from pp_fx.transform import CONFIG
 
 from .conftest import tiny_llama
+from .test_cli import folder as dense_folder  # noqa: F401
+from .test_cli import run
 
 CONFIG_HERE = pp_fx.ProbePruningConfig(
     mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100
@@ -33,6 +35,15 @@ def pruned(config=CONFIG_HERE, **changes):
 @pytest.fixture
 def folder(tmp_path):
     pruned().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def saved_folder(dense_folder, tmp_path):  # noqa: F811
+    """A dense folder with a tokenizer, pruned and saved again."""
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.2)).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(dense_folder).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
 
@@ -231,3 +242,16 @@ def test_push_to_hub_sends_the_whole_folder(monkeypatch):
     monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
     pruned().push_to_hub("someone/pruned")
     assert {HISTORY, "config.json", "model.safetensors"} <= sent["someone/pruned"]
+
+
+def test_the_commands_read_a_saved_folder(saved_folder, tmp_path):
+    """`export` takes its pruning as it is; the others try configurations of their own on the dense model."""
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 2000)
+    options = ["--text", str(text), "--length", "32", "--sequences", "2", "--dtype", "float32", "--mlp-ratio", "0.2"]
+    done = run("eval", str(saved_folder), *options)
+    assert done.exit_code == 0, done.output
+    assert "left aside" in done.output
+    refused = run("export", str(saved_folder), str(tmp_path / "out"), "--mlp-ratio", "0.2")
+    assert isinstance(refused.exception, InputError)
+    assert "saved with its own pruning" in str(refused.exception)
