@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import nn
 
 from .capture import Call, record_calls
 from .exported import LAYER
+from .verify import random_call
 
 logger = logging.getLogger(__name__)
 TOKENS = (32, 64, 128, 256, 512, 1024)
@@ -94,19 +93,15 @@ def _ratio(layer: Any, call: Call) -> float:
 
 def _runner(layer: Any, call: Call) -> Callable[[], float]:
     """Seconds of one call on random hidden states, without a KV cache."""
-    weight = next(p for p in layer.parameters() if p.is_floating_point())
-    args, kwargs = pytree.tree_map_only(Cache, lambda _: None, call)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), (args, kwargs))
-    hidden = args[0] if args else kwargs["hidden_states"]
-    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    args, kwargs = ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
+    args, kwargs = random_call(layer, call, None)
+    device = next(layer.parameters()).device
 
     def run() -> float:
         start = time.perf_counter()
         with torch.no_grad():
             layer.forward(*args, **kwargs)
-        if weight.is_cuda:
-            torch.cuda.synchronize(weight.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     return run

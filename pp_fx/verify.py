@@ -23,17 +23,22 @@ def run_layer(layer: nn.Module, call: Any) -> list[Tensor]:
         Its output [B, T, H] and what it wrote to the cache.
     """
     cache = DynamicCache()
-    weight = next(p for p in layer.parameters() if p.is_floating_point())
-    args, kwargs = pytree.tree_map_only(Cache, lambda _: cache, call)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), (args, kwargs))
-    hidden = args[0] if args else kwargs["hidden_states"]
-    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    args, kwargs = ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
+    args, kwargs = random_call(layer, call, cache)
     with torch.no_grad():
         output: Any = layer.forward(*args, **kwargs)  # not __call__: the user's hooks must not see it
     entries: list[Any] = cache.layers
     written = [t for entry in entries for t in (entry.keys, entry.values) if isinstance(t, Tensor)]
     return [output if isinstance(output, Tensor) else output[0], *written]
+
+
+def random_call(layer: nn.Module, call: Any, cache: Cache | None) -> tuple[tuple, dict[str, Any]]:
+    """A recorded call with random hidden states of the layer's dtype and device, and with `cache` as its KV cache."""
+    weight = next(p for p in layer.parameters() if p.is_floating_point())
+    args, kwargs = pytree.tree_map_only(Cache, lambda _: cache, call)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), (args, kwargs))
+    hidden = args[0] if args else kwargs["hidden_states"]
+    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    return ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
 
 
 def compare_layers(layers: nn.ModuleList, calls: list[Any], expected: list[list[Tensor]]) -> None:

@@ -48,6 +48,23 @@ OrtStatus* output_like(OrtKernelContext* context, const Tensor& x, size_t last, 
   return ort::output(context, shape, x.rank, data);
 }
 
+// `take(m, n, last, sums)` of every row m of x and every `step`-th result n: the sums of the weight rows `four(n, last)`.
+template <class T, class Four, class Take>
+OrtStatus* products(OrtKernelContext* context, const float* x, size_t rows, size_t depth, size_t width, size_t step,
+                    Four four, Take take) {
+  auto task = [&](size_t index) {
+    const size_t last = std::min(width, (index + 1) * kRowsOfTask);
+    for (size_t top = 0; top < rows; top += kRowsOfX)
+      for (size_t n = index * kRowsOfTask; n < last; n += step) {
+        const T* weights[4];
+        four(n, last, weights);
+        dots_of_rows(weights, x + top * depth, std::min(kRowsOfX, rows - top), depth,
+                     [&](size_t m, float a, float b, float c, float d) { take(top + m, n, last, {a, b, c, d}); });
+      }
+  };
+  return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
+}
+
 // X [..., H], weight [k, H] -> X weight^T [..., k]
 template <class T>
 OrtStatus* compact_linear(OrtKernelContext* context) {
@@ -63,21 +80,13 @@ OrtStatus* compact_linear(OrtKernelContext* context) {
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
   const T* w = static_cast<const T*>(weight.data);
   T* y = static_cast<T*>(out);
-  auto task = [&](size_t index) {
-    const size_t last = std::min(width, (index + 1) * kRowsOfTask);
-    for (size_t top = 0; top < rows; top += kRowsOfX)
-      for (size_t n = index * kRowsOfTask; n < last; n += 4) {
-        const size_t count = std::min<size_t>(4, last - n);
-        const T* four[4];
-        for (size_t i = 0; i < 4; ++i) four[i] = w + (n + std::min(i, count - 1)) * depth;
-        dots_of_rows(four, wide + top * depth, std::min(kRowsOfX, rows - top), depth,
-                     [&](size_t m, float a, float b, float c, float d) {
-                       const float sums[4] = {a, b, c, d};
-                       for (size_t i = 0; i < count; ++i) kernels::narrow(sums[i], y[(top + m) * width + n + i]);
-                     });
-      }
+  auto four = [&](size_t n, size_t last, const T* (&rows_of)[4]) {
+    for (size_t i = 0; i < 4; ++i) rows_of[i] = w + std::min(n + i, last - 1) * depth;
   };
-  return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
+  auto take = [&](size_t m, size_t n, size_t last, const float (&sums)[4]) {
+    for (size_t i = 0; i < 4 && n + i < last; ++i) kernels::narrow(sums[i], y[m * width + n + i]);
+  };
+  return products<T>(context, wide, rows, depth, width, 4, four, take);
 }
 
 // X [..., H], gate [k, H], up [k, H] -> silu(X gate^T) * (X up^T) [..., k]
@@ -96,21 +105,16 @@ OrtStatus* compact_swiglu(OrtKernelContext* context) {
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
   const T *g = static_cast<const T*>(gate.data), *u = static_cast<const T*>(up.data);
   T* y = static_cast<T*>(out);
-  auto task = [&](size_t index) {
-    const size_t last = std::min(width, (index + 1) * kRowsOfTask);
-    for (size_t top = 0; top < rows; top += kRowsOfX)
-      for (size_t n = index * kRowsOfTask; n < last; n += 2) {
-        const size_t second = std::min(n + 1, last - 1);
-        const T* const four[4] = {g + n * depth, g + second * depth, u + n * depth, u + second * depth};
-        dots_of_rows(four, wide + top * depth, std::min(kRowsOfX, rows - top), depth,
-                     [&](size_t m, float g0, float g1, float u0, float u1) {
-                       T* row = y + (top + m) * width;
-                       kernels::narrow(g0 / (1 + std::exp(-g0)) * u0, row[n]);
-                       kernels::narrow(g1 / (1 + std::exp(-g1)) * u1, row[second]);
-                     });
-      }
+  auto four = [&](size_t n, size_t last, const T* (&rows_of)[4]) {
+    const size_t second = std::min(n + 1, last - 1);
+    rows_of[0] = g + n * depth, rows_of[1] = g + second * depth;
+    rows_of[2] = u + n * depth, rows_of[3] = u + second * depth;
   };
-  return ort::parallel_for(context, (width + kRowsOfTask - 1) / kRowsOfTask, task);
+  auto take = [&](size_t m, size_t n, size_t last, const float (&sums)[4]) {
+    for (size_t i = 0; i < 2 && n + i < last; ++i)
+      kernels::narrow(sums[i] / (1 + std::exp(-sums[i])) * sums[2 + i], y[m * width + n + i]);
+  };
+  return products<T>(context, wide, rows, depth, width, 2, four, take);
 }
 
 // X [..., k], weight [k, H] -> X weight [..., H]
@@ -210,7 +214,7 @@ struct Op : OrtCustomOp {
 };
 
 template <class T>
-std::vector<Op> products(int type) {
+std::vector<Op> ops_of(int type) {
   return {{"CompactLinear", 2, type, compact_linear<T>},
           {"CompactSwiGLU", 3, type, compact_swiglu<T>},
           {"CompactOutput", 2, type, compact_output<T>}};
@@ -219,8 +223,8 @@ std::vector<Op> products(int type) {
 std::vector<Op>& all_ops() {
   static std::vector<Op> ops = [] {
     std::vector<Op> found = {{"Solve", 2, ort::kFloat, solve}};
-    for (auto& more : {products<float>(ort::kFloat), products<kernels::Half>(ort::kFloat16),
-                       products<kernels::BFloat16>(ort::kBFloat16)})
+    for (auto& more : {ops_of<float>(ort::kFloat), ops_of<kernels::Half>(ort::kFloat16),
+                       ops_of<kernels::BFloat16>(ort::kBFloat16)})
       found.insert(found.end(), more.begin(), more.end());
     return found;
   }();
