@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 NODE := examples/javascript/node_modules/.ready
 
-.PHONY: demo test lint bench docs families format
+.PHONY: demo test lint bench docs soak mutations families format
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,13 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
+# The differential campaign at length (a quarter of an hour), and deliberate faults that the tests must find.
+soak: $(READY)
+	PP_FX_DRAWS=1000 $(BIN)/pytest -q tests/test_campaign.py
+
+mutations: $(READY)
+	$(BIN)/python tests/mutations.py
 
 families: $(READY)
 	$(BIN)/python docs/families.py

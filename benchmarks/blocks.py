@@ -63,7 +63,7 @@ def main() -> None:
         return
     console, rows = Console(), []
     table = Table("model", "phase", "dense ms", "pruned ms", "static / dense", "pruned / dense", "ideal", "/ ideal")
-    for name in MODELS:
+    for name in options.models.split(","):
         for shape in SHAPES:
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 command = [sys.executable, __file__, "--repeats", str(options.repeats), "--out", file.name]

@@ -1,0 +1,101 @@
+"""Deliberate faults, each of which at least one test must catch.
+
+    python tests/mutations.py
+
+Every fault is put into a copy of the project, where the tests named beside it run; a fault that they do not notice is a
+hole in them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in `file`; `tests` are pytest arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault("history is never updated", "pp_fx/history.py", "    if not plan.selects:\n        return\n", "    return\n",
+          "tests/test_reference.py"),
+    Fault("one kept row off by one", "pp_fx/selection.py", "return scores.topk(state.kept_units).indices.sort().values",
+          "return (scores.topk(state.kept_units).indices.sort().values + 1).clamp(max=state.units - 1)",
+          "tests/test_reference.py tests/test_campaign.py"),
+    Fault("lowest scores are kept", "pp_fx/selection.py", "scores.topk(state.kept_units)",
+          "(-scores).topk(state.kept_units)", "tests/test_reference.py"),
+    Fault("gate and up swapped", "pp_fx/gather.py", "return tuple(F.linear(x, w, b) for w, b in linears)",
+          "return tuple(F.linear(x, w, b) for w, b in reversed(linears))", "tests/test_reference.py"),
+    Fault("padding counts as text", "pp_fx/probe.py", "norm = torch.where(real, norm, 0.0)", "pass",
+          "tests/test_reference.py tests/test_campaign.py"),
+    Fault("wrong key/value heads", "pp_fx/runtime.py", "heads = state.kv_head.index_select(0, selection.kept)",
+          "heads = state.kv_head.index_select(0, selection.kept).flip(0)", "tests/test_reference.py"),
+    Fault("selection of the module, not of the cache", "pp_fx/cache.py", "def selections_on(cache: Any) -> Selections | None:",
+          "_held: dict = {}\n\n\ndef selections_on(cache: Any) -> Selections | None:\n"
+          "    held = _selections_on(cache) or _held.get(0)\n    _held[0] = held\n    return held\n\n\n"
+          "def _selections_on(cache: Any) -> Selections | None:", "tests/test_cache.py tests/test_generate.py"),
+    Fault("stale norms after load_state_dict", "pp_fx/block.py",
+          "def _refresh_after_load(layer: Any, _incompatible: Any) -> None:\n    layer.refresh()",
+          "def _refresh_after_load(layer: Any, _incompatible: Any) -> None:\n    pass",
+          "tests/test_saving.py tests/test_transform.py"),
+    Fault("compensation forgotten", "pp_fx/gather.py",
+          "kept = kept if compensation.correction is None else kept + compensation.correction", "pass",
+          "tests/test_reference.py tests/test_campaign.py"),
+    Fault("calibration averages averages", "pp_fx/distributed.py", "add_padded(sums[key], value)",
+          "add_padded(sums[key], value) / 2", "tests/test_distributed.py"),
+)  # fmt: skip
+
+
+def caught(fault: Fault, folder: Path) -> bool:
+    """Whether the tests fail with the fault, in a copy of the project."""
+    for name in ("pp_fx", "passes", "export", "tests", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("passes", "export"):
+        (folder / "pp_fx" / name).symlink_to(folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = folder / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise SystemExit(
+            f"{fault.name}: its place in {fault.file} is found {text.count(fault.old)} times; mend the list"
+        )
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PP_FX_DRAWS": "20"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests.split()]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> None:
+    table, missed = Table("fault", "caught"), 0
+    for fault in track(FAULTS, "faults", console=Console(stderr=True)):
+        with tempfile.TemporaryDirectory() as name:
+            found = caught(fault, Path(name))
+        missed += not found
+        table.add_row(fault.name, "yes" if found else "NO")
+    Console().print(table)
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
