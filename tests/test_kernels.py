@@ -56,6 +56,7 @@ def test_the_operators_are_registered_as_compilers_need_them():
 def test_a_model_gives_the_same_with_products_in_place(ids, changes):
     """Up to `kernel_rows` rows; larger calls copy the rows as before."""
     made = []
+    torch._dynamo.reset()
     for rows in (0, 120):
         config = pp_fx.ProbePruningConfig(
             mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, kernel_rows=rows
