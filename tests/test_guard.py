@@ -48,6 +48,7 @@ def test_small_calls_are_dense_and_large_ones_pruned(measured, compiled):
     dense, free = tiny_llama(), tiny_llama()
     pp_fx.transform(free, pp_fx.ProbePruningConfig(**{**CONFIG.to_dict(), "probe": CONFIG.probe, "guard": False}))
     guarded = pp_fx.transform(tiny_llama(), CONFIG)
+    torch._dynamo.reset()
     forward = torch.compile(guarded, fullgraph=True, backend="eager") if compiled else guarded
     with torch.no_grad(), pp_fx.history_frozen(free), pp_fx.history_frozen(guarded):
         torch.testing.assert_close(forward(small).logits, dense(small).logits, rtol=0, atol=1e-5)
