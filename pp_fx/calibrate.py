@@ -51,7 +51,6 @@ def calibrate(
     layers_of(model)
     if model.training:
         raise StateError("model is in training mode; call model.eval() before calibrate")
-    prepared = _batches(batches, tokenizer, length, batch_size)
     states = [s for s in states_of(model) if s.prunes]
     before = [s.mode for s in states]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -61,7 +60,8 @@ def calibrate(
             state.sketch = None if state.directions is None else Sketch(len(state.directions))
         failed: Exception | None = None
         try:
-            count = _run(model, states, prepared, device, progress)
+            # inside: input that one rank alone cannot use must not leave the others waiting
+            count = _run(model, states, _batches(batches, tokenizer, length, batch_size), device, progress)
         except Exception as error:
             count, failed = 0, error
         distributed.agree(failed)
