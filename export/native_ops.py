@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -85,11 +86,21 @@ def _compiler(asked: str | None) -> str:
 
 def _library() -> Path:
     """Named after everything that it depends on: a change builds another one."""
-    digest = hashlib.sha256(_version().encode())
+    digest = hashlib.sha256(f"{_version()} {_processor()}".encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
     suffix = "dylib" if sys.platform == "darwin" else "so"
     return _cache() / f"libpp_fx_ops-{digest.hexdigest()[:16]}.{suffix}"
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a home folder may be shared by machines that cannot run each other's code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    known = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return f"{platform.machine()} {known}"
 
 
 def _cache() -> Path:
