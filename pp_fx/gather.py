@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .cache import Linear, Selection
+from .compact import compact_linear, store_inputs, store_output
 from .compensation import Compensation
 
 Rows = tuple[int, int, int] | Tensor | None
@@ -48,7 +49,7 @@ def gather_rows(
         outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return tuple(_part(outputs[i], rows) for i, rows in layout)
     if selection.compacts and selection.inputs is not None:
-        done = [part for linear, sizes in selection.inputs for part in F.linear(x, *linear).split(sizes, -1)]
+        done = [part for linear, sizes in selection.inputs for part in compact_linear(x, linear).split(sizes, -1)]
         rest = ((weights[i], biases[i], rows) for i, rows in layout[len(done) :])
         return (*done, *(F.linear(x, *_rows(*whole)) for whole in rest))
     columns = selection.columns
@@ -68,9 +69,10 @@ def gather_rows(
     if torch.compiler.is_exporting():  # the compact weights leave the graph as they were gathered
         selection.inputs = [(linear, [linear[0].shape[0]]) for linear in linears[:pruned]]
         return tuple(F.linear(x, w, b) for w, b in linears)
-    inputs, sizes = _stack(linears), [w.shape[0] for w, _ in linears]
+    sizes, (weight, bias) = [w.shape[0] for w, _ in linears], _stack(linears)
+    inputs = store_inputs(weight), bias
     selection.inputs = [(inputs, sizes)]
-    return F.linear(x, *inputs).split(sizes, -1)
+    return compact_linear(x, inputs).split(sizes, -1)
 
 
 def whole_rows(
@@ -116,15 +118,12 @@ def gather_columns(
         if compensation is not None:
             bias = compensation.vector if bias is None else bias + compensation.vector
             kept = kept if compensation.correction is None else kept + compensation.correction
-        kept = kept.t()
         if not selection.compacts:
-            return F.linear(z, kept, bias)
-        selection.output = kept, bias
+            return F.linear(z, kept.t(), bias)
+        selection.output = kept.t() if torch.compiler.is_exporting() else store_output(kept), bias
         if compensation is not None:  # the compact weights have the correction now
             selection.compensation = Compensation(compensation.vector, None)
-    kept, bias = selection.output
-    out = F.linear(z, kept)
-    return out if bias is None else out + bias  # for few rows cheaper than a bias inside the product
+    return compact_linear(z, selection.output)
 
 
 def _in_place(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
