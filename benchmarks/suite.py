@@ -31,13 +31,18 @@ SHAPES: list[dict[str, Any]] = [
         for d in ("bfloat16", "float32")
         for b in (1, 8)
     ),
+    *(
+        {"phase": "decode", "batch": b, "length": 128, "new_tokens": 96, "attention": "eager", "freezing": True}
+        for b in (1, 8)
+    ),
 ]
 
 
 def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        options = [part for key, value in shape.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        named = {f"--{key.replace('_', '-')}": value for key, value in shape.items()}
+        options = [part for key, value in named.items() for part in ([key] if value is True else [key, str(value)])]
         command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options, "--compile", "--json", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text(encoding="utf-8"))
@@ -63,11 +68,15 @@ def table(results: list[dict[str, Any]]) -> str:
         s, head = r["settings"], r["with_head"]
         ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
         lines.append(
-            f"| {s['phase']}, {s['batch']} x {s['length']} | {s['dtype']} | {s['attention']} | {r['dense_ms']:.1f} | "
+            f"| {s['phase']}, {s['batch']} x {s['length']} | {_weights(s)} | {s['attention']} | {r['dense_ms']:.1f} | "
             f"{r['pruned_ms']:.1f} | **{r['ratio']:.3f}** | {ideal:.3f} | {r['ratio'] / ideal:.3f} | "
             f"{head['ratio']:.3f} ({head_ideal:.3f}) |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _weights(settings: dict[str, Any]) -> str:
+    return settings["dtype"] + (" frozen" if settings.get("freezing") else "")
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
@@ -78,7 +87,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         file,
         f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread",
         "time, pruned / dense",
-        [f"{s['phase']} {s['batch']} x {s['length']} {s['dtype']}" for s in shapes],
+        [f"{s['phase']} {s['batch']} x {s['length']} {_weights(s)}" for s in shapes],
         {"measured": [r["ratio"] for r in results], "ideal (MACs or bytes, probe included)": ideals},
     )
 

@@ -62,10 +62,12 @@ class _Clock:
 class _Side:
     """One of the two models: its decoder blocks (embedding, mask and last norm included), and the LM head."""
 
-    def __init__(self, model: Any, compiled: bool) -> None:
+    def __init__(self, model: Any, compiled: bool, freezing: bool = False) -> None:
         self.model = model
         self.head: Any = model.get_output_embeddings()
-        self.body: Any = torch.compile(model.base_model, fullgraph=True) if compiled else model.base_model
+        self.body: Any = model.base_model
+        if compiled:
+            self.body = torch.compile(self.body, fullgraph=True, options={"freezing": True} if freezing else None)
         device = self.head.weight.device
         self.blocks, self.with_head = _Clock(device), _Clock(device)
 
@@ -86,6 +88,7 @@ def bench(
     phase: str = "prefill",
     new_tokens: int = 32,
     compiled: bool = False,
+    freezing: bool = False,
     repeats: int = 9,
     threads: int = 1,
     progress: Callable[[Any, str], Any] = lambda items, label: items,
@@ -104,6 +107,8 @@ def bench(
             (`new_tokens` greedy steps after the prompts; DynamicCache, StaticCache when compiled).
         new_tokens: decode steps.
         compiled: torch.compile the blocks, `fullgraph=True`.
+        freezing: compile all sides with Inductor's `freezing`, which packs the weights for the CPU: at few rows the
+            fastest dense model there is. Weights must not change afterwards.
         repeats: timed calls of each side (prefill).
         threads: torch.set_num_threads, put back afterwards.
         progress: wraps the loop, for example rich.progress.track.
@@ -124,6 +129,8 @@ def bench(
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("threads", threads)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
+    if freezing and not compiled:
+        raise InputError("freezing=True is an option of the compiler; set compiled=True too (--compile)")
     check_token_ids(model, ids, "ids")
     config = config or ProbePruningConfig()
     pruned = transform(copy.deepcopy(model), config)
@@ -131,10 +138,10 @@ def bench(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = ids.to(device)
     with _threads(threads), torch.no_grad(), history_frozen(pruned):
-        sides = {"dense": _Side(model, compiled), "pruned": _Side(pruned, compiled)}
+        sides = {"dense": _Side(model, compiled, freezing), "pruned": _Side(pruned, compiled, freezing)}
         sliced = static_copy(model, pruned, ids)
         if sliced is not None:
-            sides["static"] = _Side(sliced, compiled)
+            sides["static"] = _Side(sliced, compiled, freezing)
         if phase == "prefill":
             extra = _prefill(sides, ids, progress(range(_WARM_UP + repeats), "prefill"))
             extra["shares"] = time_shares(pruned, ids)
@@ -171,6 +178,7 @@ def bench(
             "device": device.type,
             "attention": model.config._attn_implementation,  # type: ignore[union-attr]
             "compiled": compiled,
+            "freezing": freezing,
             "threads": threads,
         },
         "config": config.to_dict(),

@@ -129,6 +129,7 @@ def bench_command(
     preset: Preset = "default",
     config: Config = None,
     compile_model: Compile = False,
+    freezing: Annotated[bool, typer.Option(help="Compile both with Inductor's freezing (packed weights).")] = False,
     attention: Annotated[str, typer.Option(help="Attention implementation of both models: sdpa or eager.")] = "sdpa",
     repeats: Annotated[int, typer.Option(help="Timed prefills of each model.")] = 9,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -149,8 +150,8 @@ def bench_command(
         return items if json_file == "-" else track(items, label, console=Console(stderr=True), transient=True)
 
     result = bench(
-        loaded, ids, settings, phase=phase, new_tokens=new_tokens, compiled=compile_model, repeats=repeats,
-        threads=threads, progress=progress,
+        loaded, ids, settings, phase=phase, new_tokens=new_tokens, compiled=compile_model,
+        freezing=freezing, repeats=repeats, threads=threads, progress=progress,
     )  # fmt: skip
     result = {"model": model, **result, "versions": versions()}
     _write(result, json_file)
