@@ -15,6 +15,8 @@ from .cache import Linear, Selection
 from .compact import compact_linear, store_inputs, store_output
 from .compensation import Compensation
 
+_LARGE = 4 * 2**20
+"""Bytes of one projection's kept rows."""
 Rows = tuple[int, int, int] | Tensor | None
 """Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
 
@@ -53,9 +55,9 @@ def gather_rows(
         rest = ((weights[i], biases[i], rows) for i, rows in layout[len(done) :])
         return (*done, *(F.linear(x, *_rows(*whole)) for whole in rest))
     columns = selection.columns
-    if selection.in_place and not selection.compacts:
+    if _at_once(selection, weights[0]):
         return tuple(
-            _in_place(x, weights[i], biases[i], _index(rows, columns))
+            _product(x, weights[i], biases[i], _index(rows, columns))
             if position < pruned
             else F.linear(x, *_rows(weights[i], biases[i], rows))
             for position, (i, rows) in enumerate(layout)
@@ -107,9 +109,10 @@ def gather_columns(
     """
     if selection is None:
         return F.linear(z, weight, bias)
-    corrected = compensation is not None and compensation.correction is not None
-    if selection.in_place and not selection.compacts and selection.output is None and not corrected:
-        out = kernels.gather_output(z.flatten(0, -2), weight.t(), selection.columns).view(*z.shape[:-1], -1)
+    if _at_once(selection, weight.t()):
+        correction = None if compensation is None else compensation.correction
+        out = kernels.gather_output(z.flatten(0, -2), weight.t(), selection.columns, correction)
+        out = out.view(*z.shape[:-1], -1)
         for vector in (bias, None if compensation is None else compensation.vector):
             out = out if vector is None else out + vector
         return out
@@ -126,8 +129,16 @@ def gather_columns(
     return compact_linear(z, selection.output)
 
 
-def _in_place(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """[..., H] -> [..., kept], without a copy of the kept rows."""
+def _at_once(selection: Selection, weight: Tensor) -> bool:
+    """Whether one operator gathers and multiplies: kept rows read in place, or copies too large to be kept waiting."""
+    if selection.compacts or torch.compiler.is_exporting():
+        return False
+    size = selection.columns.shape[0] * weight.shape[1] * weight.element_size()
+    return selection.in_place or (weight.device.type == "cpu" and size >= _LARGE)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """[..., H] -> [..., kept] in one operator."""
     out = kernels.gather_linear(x.flatten(0, -2), weight, rows).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias.index_select(0, rows)
 

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices, behind torch.library operators that every device and compiler understands."""
+"""Products with kept rows as torch.library operators, which compilers leave whole; Triton kernels on CUDA."""
 
 from .gather_linear import gather_linear, gather_output
 
