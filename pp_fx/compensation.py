@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import kernels, ops
 
 _PROBE_SHARE = 0.5
 """Share of the probe's variance that counts as correlation; few rows know single variances better than their ties."""
@@ -45,11 +45,18 @@ class Compensation(NamedTuple):
     """Attributes:
 
     vector: [H] in the weight's dtype, added to the branch's output.
-    correction: [k, H] in the weight's dtype, added to the kept columns of the output projection, or None.
+    correction: what is added to the kept columns of the output projection, as factors [k, n] and [n, H] in the weight's
+        dtype, or as [k, H] alone; None for nothing.
     """
 
     vector: Tensor
-    correction: Tensor | None
+    correction: tuple[Tensor, ...] | None
+
+    def dense_correction(self) -> Tensor | None:
+        """[k, H], or None."""
+        if self.correction is None:
+            return None
+        return self.correction[0] if len(self.correction) == 1 else self.correction[0] @ self.correction[1]
 
 
 def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
@@ -90,16 +97,19 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     scale = (kept + ridge * kept.mean()).clamp(min=_TINY).rsqrt()
     # the two wide products in bf16 where the weight is; fp16 could overflow
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    dropped = weight.t().index_select(0, known.dropped).to(dtype)
     rows = torch.cat([factor, mu[None]]).index_select(1, known.dropped).to(dtype)
-    products = (rows @ dropped).float()  # the last one: the dropped channels' mean output
+    if weight.dtype == dtype and kernels.large(weight.t(), known.dropped):
+        products = kernels.gather_output(rows, weight.t(), known.dropped).float()
+    else:
+        products = (rows @ weight.t().index_select(0, known.dropped).to(dtype)).float()
+    # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
     solved = ops.solve(gram, products[:-1])
     coefficients = (kept_factor * scale).t()
-    correction = (coefficients.to(dtype) @ solved.to(dtype)).to(weight.dtype)
     at_mean = (mu.index_select(0, known.kept) @ coefficients) @ solved
-    return Compensation((products[-1] - at_mean).to(weight.dtype), correction)
+    factors = (coefficients, solved) if dtype == weight.dtype else (coefficients @ solved,)
+    return Compensation((products[-1] - at_mean).to(weight.dtype), tuple(f.to(weight.dtype) for f in factors))
 
 
 def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: float) -> Compensation:
@@ -109,14 +119,15 @@ def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: f
 
     def least(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         made = _least_squares(weight, Known(**constants, **dict(zip(names, tensors, strict=True))), ridge)
-        return made.vector, made.correction  # type: ignore[return-value]
+        return made.vector, made.dense_correction()  # type: ignore[return-value]
 
     def plain(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         given = Known(**constants, **dict(zip(names, tensors, strict=True)))
         return mean(weight, given, ridge).vector, weight.new_zeros(given.kept.shape[0], weight.shape[0])
 
     tensors = (getattr(known, name) for name in names)
-    return Compensation(*torch.cond(solves, least, plain, (weight, *tensors)))
+    vector, correction = torch.cond(solves, least, plain, (weight, *tensors))
+    return Compensation(vector, (correction,))
 
 
 def _mean(known: Known) -> Tensor:

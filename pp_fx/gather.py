@@ -15,8 +15,6 @@ from .cache import Linear, Selection
 from .compact import compact_linear, store_inputs, store_output
 from .compensation import Compensation
 
-_LARGE = 4 * 2**20
-"""Bytes of one projection's kept rows."""
 Rows = tuple[int, int, int] | Tensor | None
 """Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
 
@@ -109,32 +107,50 @@ def gather_columns(
     """
     if selection is None:
         return F.linear(z, weight, bias)
-    if _at_once(selection, weight.t()):
-        correction = None if compensation is None else compensation.correction
-        out = kernels.gather_output(z.flatten(0, -2), weight.t(), selection.columns, correction)
-        out = out.view(*z.shape[:-1], -1)
-        for vector in (bias, None if compensation is None else compensation.vector):
-            out = out if vector is None else out + vector
-        return out
     if selection.output is None:
-        kept = _kept_columns(weight, selection.columns)
         if compensation is not None:
             bias = compensation.vector if bias is None else bias + compensation.vector
-            kept = kept if compensation.correction is None else kept + compensation.correction
         if not selection.compacts:
-            return F.linear(z, kept.t(), bias)
+            return _compensated(selection, z, weight, bias, compensation)
+        kept = _corrected(_kept_columns(weight, selection.columns), compensation)
         selection.output = kept.t() if torch.compiler.is_exporting() else store_output(kept), bias
         if compensation is not None:  # the compact weights have the correction now
             selection.compensation = Compensation(compensation.vector, None)
     return compact_linear(z, selection.output)
 
 
+def _compensated(
+    selection: Selection, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Compensation | None
+) -> Tensor:
+    """A prompt's output projection; a correction of low rank goes to the rows of z where those are fewer."""
+    rows, (hidden, kept) = z.flatten(0, -2), (weight.shape[0], selection.columns.shape[0])
+    factors = None if compensation is None else compensation.correction
+    low_rank = factors is not None and len(factors) == 2 and rows.shape[0] * (kept + hidden) < kept * hidden
+    adds = None if low_rank else compensation
+    if _at_once(selection, weight.t()):
+        correction = None if adds is None else adds.dense_correction()
+        out = kernels.gather_output(rows, weight.t(), selection.columns, correction)
+        out = out if bias is None else out + bias
+    else:
+        out = F.linear(rows, _corrected(_kept_columns(weight, selection.columns), adds).t(), bias)
+    if low_rank:
+        out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
+    return out.view(*z.shape[:-1], hidden)
+
+
+def _corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
+    """Kept columns [kept, H] with the compensation's correction."""
+    if compensation is None or compensation.correction is None:
+        return kept
+    factors = compensation.correction
+    return kept + factors[0] if len(factors) == 1 else torch.addmm(kept, *factors)
+
+
 def _at_once(selection: Selection, weight: Tensor) -> bool:
     """Whether one operator gathers and multiplies: kept rows read in place, or copies too large to be kept waiting."""
     if selection.compacts or torch.compiler.is_exporting():
         return False
-    size = selection.columns.shape[0] * weight.shape[1] * weight.element_size()
-    return selection.in_place or (weight.device.type == "cpu" and size >= _LARGE)
+    return selection.in_place or kernels.large(weight, selection.columns)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _held(selection: Selection, weight: Tensor) -> Compensation | None:
     if selection.output is None or selection.compensation is None:
         return selection.compensation
     kept = weight.t().index_select(0, selection.columns)
-    return Compensation(selection.compensation.vector, selection.output[0].t() - kept)
+    return Compensation(selection.compensation.vector, (selection.output[0].t() - kept,))
 
 
 def _choose(changed: Tensor, new: Compensation, old: Compensation | None) -> Compensation:
@@ -230,9 +230,10 @@ def _choose(changed: Tensor, new: Compensation, old: Compensation | None) -> Com
     if old is None:
         return new
     vector = torch.where(changed, new.vector, old.vector)
-    corrections = [c for c in (new.correction, old.correction) if c is not None]
-    if not corrections:
+    first, second = new.dense_correction(), old.dense_correction()
+    if first is None and second is None:
         return Compensation(vector, None)
-    nothing = torch.zeros_like(corrections[0])
-    first, second = (nothing if c is None else c for c in (new.correction, old.correction))
-    return Compensation(vector, torch.where(changed, first, second))
+    zero = vector.new_zeros(())
+    return Compensation(
+        vector, (torch.where(changed, zero if first is None else first, zero if second is None else second),)
+    )

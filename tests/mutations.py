@@ -60,7 +60,7 @@ FAULTS = (
           "def _refresh_after_load(layer: Any, _incompatible: Any) -> None:\n    pass",
           "tests/test_saving.py tests/test_transform.py"),
     Fault("compensation forgotten", "pp_fx/gather.py",
-          "kept = kept if compensation.correction is None else kept + compensation.correction", "pass",
+          "return kept + factors[0] if len(factors) == 1 else torch.addmm(kept, *factors)", "return kept",
           "tests/test_reference.py tests/test_campaign.py"),
     Fault("calibration averages averages", "pp_fx/distributed.py", "add_padded(sums[key], value)",
           "add_padded(sums[key], value) / 2", "tests/test_distributed.py"),

@@ -71,7 +71,9 @@ def zero_channels(original, rewritten, chosen):
             mask = torch.zeros(output.in_features)
             mask[selection.columns] = 1
             projection = output_projection(original, rewritten, index, kind)
-            projection.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask, *args[1:]))
+            projection.register_forward_pre_hook(
+                lambda m, args, mask=mask: (args[0] * mask.to(args[0].dtype), *args[1:])
+            )
             made, columns = selection.compensation, selection.columns
             projection.register_forward_hook(
                 lambda m, args, out, made=made, columns=columns: _compensated(out, args[0], made, columns)
@@ -79,5 +81,5 @@ def zero_channels(original, rewritten, chosen):
 
 
 def _compensated(out, z, made, columns):
-    corrected = 0 if made.correction is None else z[..., columns] @ made.correction
+    corrected = 0 if made.correction is None else z[..., columns] @ made.dense_correction()
     return out + corrected + made.vector

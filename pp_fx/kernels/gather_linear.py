@@ -3,15 +3,18 @@
 On CUDA a Triton kernel reads the rows where they lie. A copy costs a fixed time, so the kernels are for calls of few
 rows; `benchmarks/gpu.py` measures up to how many.
 
-Elsewhere the rows are copied, used and freed inside the operator. Inductor gathers all weights of a block in one loop
-before the first product, and large ones, alive together, are fresh memory at every call, which costs several times as
-much as the copies themselves (`benchmarks/blocks.py`).
+Elsewhere the rows are copied, used and freed piece by piece inside the operator. Inductor gathers all weights of a
+block in one loop before the first product, and large copies are fresh memory at every call, which costs several times
+as much as the copying itself (`benchmarks/blocks.py`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_PIECE = 4 * 2**20
+"""Bytes: small enough that the allocator gives the same memory out again, and that the product finds it in a cache."""
 
 
 @torch.library.custom_op("pp_fx::gather_linear", mutates_args=())
@@ -26,7 +29,8 @@ def gather_linear(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [M, k] in x's dtype, summed in fp32.
     """
-    return x @ weight.index_select(0, kept).t()
+    pieces = kept.split(_piece(weight.shape[1], weight))
+    return torch.cat([x @ weight.index_select(0, rows).t() for rows in pieces], 1)
 
 
 @torch.library.custom_op("pp_fx::gather_output", mutates_args=())
@@ -42,8 +46,26 @@ def gather_output(z: Tensor, weight: Tensor, kept: Tensor, correction: Tensor | 
     Returns:
         [M, H] in z's dtype, summed in fp32.
     """
-    rows = weight.index_select(0, kept)
-    return z @ (rows if correction is None else rows.add_(correction))
+    return _output(z, weight, kept, correction)
+
+
+def _output(z: Tensor, weight: Tensor, kept: Tensor, correction: Tensor | None) -> Tensor:
+    size, out = _piece(kept.shape[0], weight), []
+    for start in range(0, weight.shape[1], size):  # pieces of the results: sums of pieces would round more often
+        rows = weight[:, start : start + size].index_select(0, kept)
+        out.append(z @ (rows if correction is None else rows.add_(correction[:, start : start + size])))
+    return torch.cat(out, 1)
+
+
+def large(weight: Tensor, kept: Tensor) -> bool:
+    """Whether copies of these rows of a weight [C, H] are made piece by piece: on a CPU, not in an exported graph."""
+    size = kept.shape[0] * weight.shape[1] * weight.element_size()
+    return weight.device.type == "cpu" and not torch.compiler.is_exporting() and size >= _PIECE
+
+
+def _piece(length: int, weight: Tensor) -> int:
+    """Of lines of `length` elements, as many as are copied at a time."""
+    return max(1, _PIECE // max(1, length * weight.element_size()))
 
 
 @gather_linear.register_fake
@@ -67,4 +89,4 @@ def _(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
 def _(z: Tensor, weight: Tensor, kept: Tensor, correction: Tensor | None = None) -> Tensor:
     from .triton_gather import output
 
-    return output(z, weight, kept) if correction is None else z @ weight.index_select(0, kept).add_(correction)
+    return output(z, weight, kept) if correction is None else _output(z, weight, kept, correction)
