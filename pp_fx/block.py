@@ -7,6 +7,7 @@ sees one code object for all layers.
 
 from __future__ import annotations
 
+import copy
 import linecache
 from collections.abc import Callable
 from itertools import count
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import StateError
 from .exported import LAYER
 from .groups import Group
 from .plan import LayerInfo
@@ -56,6 +58,19 @@ class ProbePrunedLayer:
                     _store_transposed(self.get_parameter(path))  # type: ignore[attr-defined]
                 state.refresh(output_weight(self, self.groups[kind]))  # type: ignore[arg-type]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError(
+            "a transformed model cannot be pickled (torch.save of the whole model, multiprocessing): its layers have "
+            "classes made at run time; use model.save_pretrained or torch.save(model.state_dict()), or transform it in "
+            "the worker process"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
         self.refresh()
@@ -77,10 +92,10 @@ def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str,
 
 def install(layer: nn.Module, cls: type, info: LayerInfo, states: dict[str, GroupState]) -> None:
     """Turn `layer` into a block of class `cls`, in place."""
+    layer.__class__ = cls  # type: ignore[assignment]  # first, so that `uninstall` undoes whatever has been done
     layer.__dict__[LAYER] = info
     for kind, state in states.items():
         layer.add_module(_PREFIX + kind, state)
-    layer.__class__ = cls  # type: ignore[assignment]
     layer.register_load_state_dict_post_hook(_refresh_after_load)
     layer.refresh()  # type: ignore[operator]
 
@@ -88,7 +103,10 @@ def install(layer: nn.Module, cls: type, info: LayerInfo, states: dict[str, Grou
 def uninstall(layer: nn.Module) -> None:
     """Undo `install`: class, attributes and memory layout as before."""
     assert isinstance(layer, ProbePrunedLayer)
-    for kind, state in layer.states().items():
+    for kind in layer.groups:
+        state = layer._modules.get(_PREFIX + kind)
+        if state is None:
+            continue  # interrupted while it was installed
         if state.prunes:
             with torch.inference_mode(False), torch.no_grad():
                 for path in layer.groups[kind].stored_transposed:

@@ -34,7 +34,7 @@ def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor
         fp32 [units, units].
     """
     with torch.autocast(weight.device.type, enabled=False):
-        z, scale = z.float(), residual.float().square().mean(-1).clamp(min=_TINY).reciprocal()
+        z, scale = z.float(), residual.float().square().mean(-1).clamp(min=_TINY).reciprocal().nan_to_num(0.0)
         count: Tensor | int = z.shape[0]
         if real is None:
             mean = z.mean(0)

@@ -11,6 +11,8 @@ from .config import ceil_share
 from .plan import Plan
 from .state import GroupState
 
+_LARGEST = 1e9
+
 
 class ProbeRows(NamedTuple):
     """A rectangle of rows. Lists are ascending.
@@ -62,6 +64,7 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     if state.calibrated and not torch.compiler.is_exporting() and length < state.config.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `selection.too_short`
     norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.float32)
+    norm = torch.where(norm.isfinite(), norm, 0.0)
     if real is not None:
         norm = torch.where(real, norm, 0.0)
     wanted = torch.sym_min(length, torch.sym_max(settings.min_positions, ceil_share(length, settings.token_fraction)))
@@ -154,12 +157,17 @@ def _additive(allowed: Tensor, residual: Tensor) -> Tensor:
 
 
 def probe_state(state: GroupState, inputs: tuple, parameters: tuple) -> Tensor | None:
-    """The branch's intermediate state of the probe rows, [B', T', C]; None without a probe."""
+    """The branch's intermediate state of the probe rows, [B', T', C]; None without a probe.
+
+    Values that are not finite, or so large that sums of their squares would not be, count as zero: one sample that has
+    gone wrong must not decide for the others of its batch.
+    """
     residual = inputs[0]
     if residual is None:
         return None
     # some layers flatten batch and time before the branch
-    return state.probe(state, *inputs, *parameters).reshape(residual.shape[0], residual.shape[1], -1)
+    z = state.probe(state, *inputs, *parameters).reshape(residual.shape[0], residual.shape[1], -1)
+    return torch.where(z.abs() <= min(_LARGEST, torch.finfo(z.dtype).max), z, 0.0)
 
 
 def sample_rows(tensor: Tensor, rows: ProbeRows, limit: int) -> tuple[Tensor, Tensor | None]:

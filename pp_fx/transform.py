@@ -99,9 +99,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         holder.register_forward_pre_hook(check_cache, with_kwargs=True)
         model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
-        for layer in done:
-            if isinstance(layer, ProbePrunedLayer):
-                uninstall(layer)
+        _undo(model, [layer for layer in done if isinstance(layer, ProbePrunedLayer)])
         raise
     return model
 
@@ -112,7 +110,13 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         StateError: the model is not transformed.
     """
-    for layer in layers_of(model):
+    _undo(model, layers_of(model))
+    return model
+
+
+def _undo(model: nn.Module, layers: Any) -> None:
+    """Whatever `transform` has done so far."""
+    for layer in layers:
         uninstall(layer)
     model.__dict__.pop(CONFIG, None)
     model.__dict__.pop(SAVE, None)
@@ -122,7 +126,6 @@ def restore(model: nn.Module) -> nn.Module:
         for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_cache)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return model
 
 
 def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[str, list[float]]:
