@@ -57,16 +57,18 @@ def draws(draw):
     name = draw(st.sampled_from(NAMES))
     batch, length = draw(st.integers(1, 4)), draw(st.integers(2, 45))
     way = draw(st.sampled_from(["eager"] * 7 + ["generate"] * 2 + ["compiled"]))
+    config = draw(configs())
+    pieces = [n for n in (1, 1, 1, 2, 5) if n < config.min_select_tokens]  # larger ones select anew
     static = way == "compiled" and FAMILIES[name].static
     return {
         "name": name,
-        "config": draw(configs()),
+        "config": config,
         "calibrated": draw(st.booleans()),
         "batch": batch,
         "length": length,
         "padding": draw(st.integers(0, length - 1)) if batch > 1 else 0,
         "right": way == "eager" and draw(st.booleans()),
-        "rest": draw(st.lists(st.sampled_from([1, 1, 1, 2, 5]), max_size=4)),
+        "rest": draw(st.lists(st.sampled_from(pieces), max_size=4)),
         "way": way,
         "cache": StaticCache if static else DynamicCache,
         "core": draw(st.sampled_from(["sdpa", "eager"])),
@@ -113,7 +115,7 @@ class Case:
         for key in ("input_ids", "position_ids"):
             if key in inputs:
                 inputs[key] = inputs[key][:, start:]
-        return (forward or self.model)(**inputs, past_key_values=cache).logits
+        return (self.model if forward is None else forward)(**inputs, past_key_values=cache).logits
 
     def new_cache(self):
         size = {"max_cache_len": self.ids.shape[1]} if self.cache is StaticCache else {}

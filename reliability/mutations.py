@@ -1,6 +1,6 @@
 """Deliberate faults, each of which at least one test must catch.
 
-    python tests/mutations.py
+    python reliability/mutations.py
 
 Every fault is put into a copy of the project, where the tests named beside it run; a fault that they do not notice is a
 hole in them.
