@@ -115,13 +115,13 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> None:
-    """Graph and weights are those that were written.
+    """Graph, weights and configuration are those that were written.
 
     Raises:
         ExportError: a file is missing, was truncated or edited.
     """
     sums = read_settings(directory)["sha256"]
-    for name in (MODEL, STATEFUL, DATA):
+    for name in (MODEL, STATEFUL, DATA, "config.json"):
         path = directory / name
         if not path.is_file():
             raise ExportError(f"{path} is missing; copy the whole folder or export the model again")

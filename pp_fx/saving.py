@@ -7,6 +7,7 @@ so every tool loads the folder as the dense model.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:
     path = Path(directory, HISTORY)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt", "calibrated": " ".join(calibrated)})
+        notes = {"format": "pt", "calibrated": " ".join(calibrated), "sha256": _checksum(tensors)}
+        save_file(tensors, partial, metadata=notes)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -105,12 +107,22 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise StateError(f"{path}: {name} holds numbers that are not finite; {remedy}")
+    if metadata.get("sha256") != _checksum(tensors):
+        raise StateError(f"{path} is not what was written (checksum differs or is missing); {remedy}")
     calibrated = set(metadata.get("calibrated", "").split())
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
     for name, state in states.items():
         state.calibrated = name in calibrated
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def holds_history(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """ONNX: onnxruntime against torch, both phases; stock tools' view of the file; bad input leaves nothing behind."""
 
+import hashlib
 import json
 import shutil
 
@@ -376,3 +377,21 @@ def test_importing_pp_fx_loads_nothing_of_onnx():
 
     code = "import pp_fx, sys; print([m for m in sys.modules if m.split('.')[0].startswith('onnx')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_weights_outside_of_the_folder_are_refused_even_with_matching_checksums(exported, tmp_path):
+    """Whoever can write the graph can write the checksums."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported[1], folder)
+    shutil.copy(folder / "model.onnx_data", tmp_path / "secret")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    places = [e for t in graph.graph.initializer for e in t.external_data if e.key == "location"]
+    assert places
+    for place in places:
+        place.value = "../secret"
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    settings = json.loads((folder / "pp_fx.json").read_text())
+    settings["sha256"]["model.onnx"] = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    (folder / "pp_fx.json").write_text(json.dumps(settings))
+    with pytest.raises(ExportError, match="escapes model directory"):
+        OrtModel.from_pretrained(folder)

@@ -1,0 +1,137 @@
+"""Run the core tests with other versions of what pp_fx stands on.
+
+    python reliability/versions.py
+
+A job lays other versions over the present environment (`pip install --no-deps --target`), or makes an environment of
+its own with another Python. A job that cannot be installed here is "not run", with the reason; torch below 2.13 is a large
+download without a CPU build in most package indexes, so those jobs run only with --torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "versions.json"
+TESTS = ("test_transform", "test_cache", "test_reference", "test_saving", "test_export")
+OVERLAID = ("torch", "transformers", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Versions that differ from constraints.txt; `python` "" is the present one."""
+
+    python: str = ""
+    pins: dict[str, str] = field(default_factory=dict)
+
+
+JOBS = (
+    Job(),
+    Job(pins={"transformers": "5.17.0"}),
+    Job(pins={"transformers": "5.24.0"}),
+    Job(pins={"onnxruntime": "1.30.0"}),
+    Job(pins={"torch": "2.11.0"}),
+    Job(pins={"torch": "2.12.1"}),
+    Job(python="3.12"),
+)
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def interpreter(version: str, folder: Path) -> str:
+    """Python of a new environment in which the project is installed."""
+    found = shutil.which(f"python{version}")
+    if found is None:
+        raise LookupError(f"there is no python{version} here")
+    made = run([found, "-m", "venv", str(folder)])
+    python = str(folder / "bin" / "python")
+    for arguments in (["torch"], ["-e", ".[dev]"]):
+        if made.returncode == 0:
+            made = run([python, "-m", "pip", "install", "-q", "-c", "constraints.txt", *arguments], cwd=ROOT)
+    if made.returncode:
+        raise LookupError(f"cannot be installed here ({_last(made)})")
+    return python
+
+
+def overlay(pins: dict[str, str], folder: Path) -> None:
+    """The pinned packages alone, in a folder for PYTHONPATH."""
+    wanted = [f"{name}=={version}" for name, version in pins.items()]
+    made = run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *wanted])
+    if made.returncode:
+        raise LookupError(f"cannot be installed here ({_last(made)})")
+
+
+def versions(python: str, environment: dict[str, str]) -> dict[str, str]:
+    """What the job really imports."""
+    lines = "; ".join(f"print({name!r}, {name}.__version__)" for name in OVERLAID)
+    code = f"import sys, {', '.join(OVERLAID)}; print('python', sys.version.split()[0]); {lines}"
+    out = run([python, "-c", code], env=environment).stdout
+    return dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Install, test, and say how many tests passed and failed."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        try:
+            python = interpreter(job.python, folder / "venv") if job.python else sys.executable
+            if job.pins:
+                overlay(job.pins, folder / "over")
+                environment["PYTHONPATH"] = str(folder / "over")
+        except LookupError as reason:
+            return {"asked": _asked(job), "result": "not run", "reason": str(reason)}
+        files = [f"tests/{name}.py" for name in TESTS]
+        done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT, env=environment)
+        used = versions(python, environment)
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    result = "passed" if done.returncode == 0 else "FAILED"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    seconds = round(time.monotonic() - start)
+    return {"asked": _asked(job), "result": result, **counts, "failures": failed, "versions": used, "seconds": seconds}
+
+
+def _asked(job: Job) -> str:
+    parts = [f"Python {job.python}"] * bool(job.python) + [f"{k} {v}" for k, v in job.pins.items()]
+    return ", ".join(parts) or "constraints.txt"
+
+
+def _last(done: subprocess.CompletedProcess) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1][:200] if lines else f"exit status {done.returncode}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch", action="store_true", help="also the jobs that download another torch")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = []
+    for job in JOBS:
+        if "torch" in job.pins and not options.torch:
+            found.append({"asked": _asked(job), "result": "not run", "reason": "needs --torch (a large download)"})
+        else:
+            found.append(perform(job))
+        Console().print(found[-1])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
