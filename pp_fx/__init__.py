@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from . import errors, requirements  # noqa: F401  (checked before the imports below use them)
 from .allocate import allocate
 from .calibrate import calibrate
 from .compare import compare

@@ -27,3 +27,7 @@ class InputError(PpFxError, ValueError):
 
 class ExportError(PpFxError, RuntimeError):
     """A model cannot be exported, or an exported folder is damaged, incomplete or not one of ours."""
+
+
+class RequirementError(PpFxError, ImportError):
+    """A package that pp_fx stands on is too old."""

@@ -3,8 +3,8 @@
     python reliability/versions.py
 
 A job lays other versions over the present environment (`pip install --no-deps --target`), or makes an environment of
-its own with another Python. A job that cannot be installed here is "not run", with the reason; torch below 2.13 is a large
-download without a CPU build in most package indexes, so those jobs run only with --torch.
+its own with another Python. A job that cannot be installed here is "not run", with the reason; torch below 2.13 is a
+large download without a CPU build in most package indexes, so those jobs run only with --torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,23 @@
+"""The versions that pp_fx needs, checked when this module is imported: first of all."""
+
+from importlib import metadata
+
+from packaging.version import parse
+
+from .errors import RequirementError
+
+LEAST = {"torch": "2.11", "transformers": "5.17"}
+
+
+def check_requirements() -> None:
+    """Raises:
+
+    RequirementError: a package is older than what pp_fx calls of it exists.
+    """
+    for name, least in LEAST.items():
+        found = metadata.version(name)
+        if parse(found).release < parse(least).release:
+            raise RequirementError(f'{name} {found} is too old for pp_fx; run pip install -U "{name}>={least}"')
+
+
+check_requirements()
