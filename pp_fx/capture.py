@@ -73,10 +73,11 @@ def _signature(layer: nn.Module) -> inspect.Signature:
 
 def _is_decoder(layer: nn.Module) -> bool:
     causal = [m.is_causal for m in layer.modules() if hasattr(m, "is_causal")]
-    # `past_key_values` in newer transformers models, `layer_past` in older ones
-    return any("past" in name for name in _signature(layer).parameters) and all(causal)
+    return any(name in CACHE_NAMES for name in _signature(layer).parameters) and all(causal)
 
 
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What layers call the KV cache: from transformers 5.24 on, before, and in some older models."""
 Call = tuple[tuple, dict[str, Any]]
 
 

@@ -122,12 +122,13 @@ class StubCache:
     cached: torch.Tensor
 
     def update(self, key, value, layer_idx, *args, **kwargs):
+        kwargs.pop("kwargs", None)  # what the layer itself was given
         if args or kwargs:
-            raise CaptureError("the layer passes extra arguments to past_key_values.update; it cannot be captured")
+            raise CaptureError("the layer passes extra arguments to the KV cache's update; it cannot be captured")
         return KV_UPDATE(key, value, self.cached)
 
     def __getattr__(self, name: str) -> Any:
-        raise CaptureError(f"the layer reads past_key_values.{name} itself; it cannot be captured")
+        raise CaptureError(f"the layer reads {name} of the KV cache itself; it cannot be captured")
 
 
 @contextlib.contextmanager

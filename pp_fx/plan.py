@@ -133,7 +133,7 @@ def check_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     Raises:
         StateError: the cache holds tokens and the selections of another transform.
     """
-    given = (kwargs.get("past_key_values"), *args)
+    given = (kwargs.get("past_key_values"), kwargs.get("cache"), *args)
     cache = next((c for c in given if isinstance(c, Cache)), None)
     if cache is None:
         return

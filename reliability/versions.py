@@ -2,7 +2,7 @@
 
     python reliability/versions.py
 
-A job lays other versions over the present environment (`pip install --no-deps --target`), or makes an environment of
+A job lays other versions over the present environment (`pip install --target`), or makes an environment of
 its own with another Python. A job that cannot be installed here is "not run", with the reason; torch below 2.13 is a
 large download without a CPU build in most package indexes, so those jobs run only with --torch.
 """
@@ -69,9 +69,13 @@ def interpreter(version: str, folder: Path) -> str:
 
 
 def overlay(pins: dict[str, str], folder: Path) -> None:
-    """The pinned packages alone, in a folder for PYTHONPATH."""
+    """The pinned packages and what they need, in a folder for PYTHONPATH."""
     wanted = [f"{name}=={version}" for name, version in pins.items()]
-    made = run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *wanted])
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = folder.with_name("constraints.txt")
+    constraints.write_text("\n".join(line for line in lines if line.partition("==")[0] not in pins), encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), "-c", str(constraints), *wanted]
+    made = run(command)
     if made.returncode:
         raise LookupError(f"cannot be installed here ({_last(made)})")
 
