@@ -39,7 +39,6 @@ class Job:
 
 
 JOBS = (
-    Job(),
     Job(pins={"transformers": "5.17.0"}),
     Job(pins={"transformers": "5.24.0"}),
     Job(pins={"onnxruntime": "1.30.0"}),
@@ -56,7 +55,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
 def interpreter(version: str, folder: Path) -> str:
     """Python of a new environment in which the project is installed."""
     found = shutil.which(f"python{version}")
-    if found is None:
+    if found is None or run([found, "--version"]).returncode:
         raise LookupError(f"there is no python{version} here")
     made = run([found, "-m", "venv", str(folder)])
     python = str(folder / "bin" / "python")
