@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 NODE := examples/javascript/node_modules/.ready
 
-.PHONY: demo test lint bench docs soak mutations families format
+.PHONY: demo test lint bench docs soak mutations reliability families format
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,12 +41,20 @@ docs: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
-# The differential campaign at length (a quarter of an hour), and deliberate faults that the tests must find.
+# The differential campaign at length (an hour) and 10,000 requests through each way of running (ten minutes).
 soak: $(READY)
-	PP_FX_DRAWS=1000 $(BIN)/pytest -q tests/test_campaign.py
+	$(BIN)/python reliability/campaign.py --draws 1000
+	$(BIN)/python reliability/soak.py
 
+# Deliberate faults that the tests must find (a quarter of an hour).
 mutations: $(READY)
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python reliability/mutations.py
+
+# All of it, and other versions of torch, transformers and onnxruntime: what docs/reliability.md reports.
+reliability: soak mutations
+	$(BIN)/python reliability/artifacts.py
+	$(BIN)/python reliability/versions.py
+	$(BIN)/python reliability/table.py
 
 families: $(READY)
 	$(BIN)/python docs/families.py

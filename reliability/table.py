@@ -1,0 +1,122 @@
+"""Write docs/reliability.md from the results of the scripts beside this one.
+
+python reliability/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+_HEAD = """# Reliability
+
+A wrong logit looks like a right one, so the promise is made testable. The figures on this page are written by
+`python reliability/table.py` from the results of the runs named in each section (`reliability/results/`).
+"""
+_PROMISES = """## What is safe
+
+- **Selections** live on the KV cache. Requests that interleave, or threads that bring their own caches, do not
+  meet. The history is one set of buffers on the model: freeze it (`pp_fx.history_frozen(model)`,
+  `freeze_history=True`) where several threads run the model at once; otherwise their updates race.
+- **Numbers that are not finite**, or that overflow, in one sample of a batch are left out of the probe: the
+  other samples stay as they should be, and the call is not learnt from.
+- **Exceptions and Ctrl-C** in a forward pass, `calibrate`, `transform`, `save_pretrained` or `export` leave the
+  model and the files on disk as they were.
+- **fork and DataLoader workers** work; **pickle** of a transformed model, and so `torch.save(model)` and
+  `spawn` with the model as an argument, is refused: save it, or transform it in the worker.
+- **Files**: no pickle, no code from files, no network unless asked. History files and exported folders carry
+  checksums; weights outside of an exported folder are refused. The weights that `save_pretrained` writes are
+  transformers' ordinary ones, without a checksum.
+
+Tests: `tests/test_state_safety.py`, `tests/test_saving.py`, `tests/test_export.py`.
+"""
+
+
+def read(name: str) -> Any:
+    """A result, or None where its script has not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def rows(header: list[str], lines: list[list[Any]]) -> str:
+    """A Markdown table."""
+    cells = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in cells)
+
+
+def campaign(found: dict[str, Any]) -> str:
+    return f"""## Differential campaign
+
+`python reliability/campaign.py`: family, sizes, configuration, dtype, padding, attention core, KV cache and way
+of running (eager, in pieces, `generate`, compiled) are drawn together; every draw is compared with the
+untransformed model whose dropped channels are set to zero by hooks, and must repeat itself, ignore what padding
+holds and follow a permutation of its samples.
+
+{rows(["draws", "agree", "differ"], [[found["passing"] + found["failing"], found["passing"], found["failing"]]])}"""
+
+
+def soak(found: dict[str, Any]) -> str:
+    lines = [
+        [
+  name, r["requests"], f"{r['leaked']} of {r['checked']}", f"{r['mb_at_half']:.1f}", f"{r['mb_at_end']:.1f}",
+  f"{r['mb_per_1000']:.4f}", f"{r['graphs_at_half']} -> {r['graphs_at_end']}" if name == "compiled" else "", ]
+  for name, r in found.items() ]  # fmt: skip header = ["", "requests", "leaks found", "MiB at half", "MiB at
+  the end", "MiB per 1000 requests", "graphs"] return f"""## Soak
+
+`python reliability/soak.py`: requests of random sizes on a tiny model, four open at a time; one in fifty is run
+again alone and must give the same.
+
+{rows(header, lines)}"""
+
+
+def artifacts(found: dict[str, Any]) -> str:
+    results = ("refused", "harmless", "changed setting", "FAILED")
+    lines = [[kind, sum(c.values()), *(c.get(name, 0) for name in results)] for kind, c in found["counts"].items()]
+    return f"""## Damaged files
+
+`python reliability/artifacts.py`: folders truncated, with flipped bits, extended, without a file, or with a
+changed setting. "Harmless" loads give the right logits; a setting changed to another valid one gives other
+logits, rightly.
+
+{rows(["folder", "tried", *results[:-1], "failures"], lines)}"""
+
+
+def mutations(found: dict[str, bool]) -> str:
+    lines = [[name, "yes" if caught else "**no**"] for name, caught in found.items()]
+    return f"""## Deliberate faults
+
+`python reliability/mutations.py`: each is put into a copy of the project, whose tests must fail. Caught:
+{sum(found.values())} of {len(found)}.
+
+{rows(["fault", "caught"], lines)}"""
+
+
+def versions(found: list[dict[str, Any]]) -> str:
+    lines = []
+    for job in found:
+        used = job.get("versions", {})
+        names = [used.get(n, "") for n in ("python", "torch", "transformers", "onnxruntime")]
+        tests = f"{job.get('passed', 0)} passed, {job.get('failed', 0)} failed"
+        lines.append([job["asked"], *names, job["result"], tests if used else job.get("reason", "")])
+    return f"""## Versions
+
+`python reliability/versions.py` runs the core tests with other versions; continuous integration runs all tests
+with those of `constraints.txt`. Older ones than pp_fx needs are refused at import.
+
+{rows(["job", "Python", "torch", "transformers", "onnxruntime", "result", ""], lines)}"""
+
+
+def main() -> None:
+    sections = [_HEAD, _PROMISES]
+    for section in (campaign, soak, artifacts, mutations, versions):
+        found = read(section.__name__)
+        if found is not None:
+            sections.append(section(found))
+    PAGE.write_text("\n".join(section.strip() + "\n" for section in sections), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
