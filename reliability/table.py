@@ -61,10 +61,17 @@ holds and follow a permutation of its samples.
 def soak(found: dict[str, Any]) -> str:
     lines = [
         [
-  name, r["requests"], f"{r['leaked']} of {r['checked']}", f"{r['mb_at_half']:.1f}", f"{r['mb_at_end']:.1f}",
-  f"{r['mb_per_1000']:.4f}", f"{r['graphs_at_half']} -> {r['graphs_at_end']}" if name == "compiled" else "", ]
-  for name, r in found.items() ]  # fmt: skip header = ["", "requests", "leaks found", "MiB at half", "MiB at
-  the end", "MiB per 1000 requests", "graphs"] return f"""## Soak
+            name,
+            r["requests"],
+            f"{r['leaked']} of {r['checked']}",
+            *(f"{r[key]:.1f}" for key in ("mb_at_half", "mb_at_end")),
+            f"{r['mb_per_1000']:.4f}",
+            f"{r['graphs_at_half']} -> {r['graphs_at_end']}" if name == "compiled" else "",
+        ]
+        for name, r in found.items()
+    ]
+    header = ["", "requests", "leaks found", "MiB at half", "MiB at the end", "MiB per 1000 requests", "graphs"]
+    return f"""## Soak
 
 `python reliability/soak.py`: requests of random sizes on a tiny model, four open at a time; one in fifty is run
 again alone and must give the same.
