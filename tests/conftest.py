@@ -2,11 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# for reliability/mutations.py, which asks only whether anything fails
+hypothesis.settings.register_profile("unshrunk", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 
 
 def tiny_llama(
