@@ -39,8 +39,7 @@ def _quality(comparison: dict[str, Any]) -> bytes:
         for place, row in zip(x[1:], rows, strict=True):
             axes.annotate(f"{row['ratio']:.0%}", (place, row["ppl"]), xytext=(5, 4), textcoords="offset points", size=8)
     axes.axhline(dense, color=_GRAY, linestyle="--", linewidth=1)
-    corner = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
-    axes.annotate("dense", (0.01, dense), color=_GRAY, **corner)
+    axes.text(0.01, dense, "dense", color=_GRAY, va="bottom", transform=axes.get_yaxis_transform())
     axes.set_yscale("log")
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter("{x:g}")

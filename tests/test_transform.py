@@ -69,6 +69,15 @@ def test_loading_a_dense_checkpoint_equals_transforming_it(llama, ids, assign):
     torch.testing.assert_close(logits(llama, ids), logits(other, ids))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_output_projections_lie_transposed_after_loading_too(llama, assign):
+    """What is gathered are contiguous rows; results would not tell."""
+    dense = copy.deepcopy(llama)
+    model = pp_fx.transform(llama, PRUNED)
+    model.load_state_dict({name: value.clone() for name, value in dense.state_dict().items()}, assign=assign)
+    assert all(layer.mlp.down_proj.weight.t().is_contiguous() for layer in model.model.layers[1:])
+
+
 def test_to_dtype_keeps_statistics_in_fp32_and_equals_transforming_later(llama, ids):
     other = copy.deepcopy(llama).to(torch.bfloat16)
     pp_fx.transform(llama, PRUNED).to(torch.bfloat16)
