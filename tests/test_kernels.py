@@ -96,3 +96,17 @@ if __name__ == "__main__":
         agrees(linear, output, rows, hidden, channels, data, half=torch.float16)
 
     interpreted()
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": True}])
+@pytest.mark.parametrize("min_tokens", [1, 10_000])
+def test_large_weights_in_pieces_give_the_same(ids, changes, min_tokens, monkeypatch):
+    """Least squares and mean; 120 rows take the correction whole, 40 as two factors."""
+    settings = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=min_tokens)
+    model = pp_fx.transform(tiny_llama(**changes), settings)
+    with torch.no_grad(), pp_fx.history_frozen(model):
+        whole = [model(x).logits for x in (ids, ids[:1])]
+        monkeypatch.setattr(sys.modules["pp_fx.kernels.gather_linear"], "_PIECE", 700)
+        pieces = [model(x).logits for x in (ids, ids[:1])]
+    for found, expected in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
