@@ -41,7 +41,7 @@ docs: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/docs .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
-# The differential campaign at length (an hour) and 10,000 requests through each way of running (ten minutes).
+# The differential campaign at length (about twenty minutes) and 10,000 requests through each way of running (ten minutes).
 soak: $(READY)
 	$(BIN)/python reliability/campaign.py --draws 1000
 	$(BIN)/python reliability/soak.py
