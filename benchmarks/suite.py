@@ -3,7 +3,8 @@
     python benchmarks/suite.py --out benchmarks/results/cpu
 
 The attention implementation is the one with which the dense model is faster at that shape (CPU: compiled eager
-attention up to 256 tokens, SDPA above), so that pruning is compared with the best dense model.
+attention up to 256 tokens, SDPA above), so that pruning is compared with the best dense model. A row replaces the same
+shape's row of the file; its other rows stay.
 """
 
 from __future__ import annotations
@@ -21,31 +22,43 @@ from report import bars, write_json
 from rich.console import Console
 from rich.progress import track
 
+DECODE = {"phase": "decode", "length": 128, "new_tokens": 96, "attention": "eager"}
 SHAPES: list[dict[str, Any]] = [
     {"phase": "prefill", "batch": 64, "length": 32, "attention": "eager"},
     {"phase": "prefill", "batch": 16, "length": 128, "attention": "eager"},
     {"phase": "prefill", "batch": 8, "length": 256, "attention": "eager"},
     {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa"},
+    {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa", "compile": False},
+    {"phase": "prefill", "batch": 1, "length": 512, "attention": "sdpa"},
+    {"phase": "prefill", "batch": 20, "length": 512, "attention": "sdpa", "repeats": 5},
     *(
-        {"phase": "decode", "batch": b, "length": 128, "new_tokens": 96, "attention": "eager", "dtype": d}
-        for d in ("bfloat16", "float32")
-        for b in (1, 8)
+        {"phase": "prefill", "batch": b, "length": t, "attention": core, "repeats": 5, "attention_ratio": 0.4}
+        for b, t, core in ((1, 512, "sdpa"), (4, 256, "eager"), (20, 512, "sdpa"))
     ),
     *(
-        {"phase": "decode", "batch": b, "length": 128, "new_tokens": 96, "attention": "eager", "freezing": True}
-        for b in (1, 8)
+        {"phase": "prefill", "batch": 1, "length": t, "attention": "eager", "guard": guard}
+        for t in (32, 128)
+        for guard in (False, True)
     ),
+    *({**DECODE, "batch": b, "dtype": d} for d in ("bfloat16", "float32") for b in (1, 8)),
+    *({**DECODE, "batch": b, "freezing": True} for b in (1, 8)),
+    *({**DECODE, "batch": b, "new_tokens": 48} for b in (16, 64)),
+    {**DECODE, "batch": 1, "attention_ratio": 0.4},
 ]
 
 
 def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """`pp-fx bench` in a process of its own; a shape's keys are its options."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        named = {f"--{key.replace('_', '-')}": value for key, value in shape.items()}
-        options = [part for key, value in named.items() for part in ([key] if value is True else [key, str(value)])]
-        command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options, "--compile", "--json", str(out)]
+        options = ["--json", str(out)]
+        for key, value in {"compile": True, **shape}.items():
+            name = "--" + key.replace("_", "-")
+            if value is not False:
+                options += [name] if value is True else [name, str(value)]
+        command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(out.read_text(encoding="utf-8"))
+        return {"shape": shape, **json.loads(out.read_text(encoding="utf-8"))}
 
 
 def processor() -> str:
@@ -61,33 +74,42 @@ def processor() -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row a shape; ideal includes the probe for prefill."""
     lines = [
-        "| phase, batch x length | dtype | core | dense ms | pruned ms | ratio | ideal | / ideal | with head (ideal) |",
+        "| phase, batch x length | core | dense | pruned ms | ratio | static | ideal | / ideal | with head (ideal) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        s, head = r["settings"], r["with_head"]
+        head, static = r["with_head"], r["static_ratio"]
         ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
         lines.append(
-            f"| {s['phase']}, {s['batch']} x {s['length']} | {_weights(s)} | {s['attention']} | {r['dense_ms']:.1f} | "
-            f"{r['pruned_ms']:.1f} | **{r['ratio']:.3f}** | {ideal:.3f} | {r['ratio'] / ideal:.3f} | "
-            f"{head['ratio']:.3f} ({head_ideal:.3f}) |"
+            f"| {label(r)} | {r['settings']['attention']} | {r['dense_ms']:.1f} | {r['pruned_ms']:.1f} | "
+            f"**{r['ratio']:.3f}** | {'' if static is None else f'{static:.3f}'} | {ideal:.3f} | "
+            f"{r['ratio'] / ideal:.3f} | {head['ratio']:.3f} ({head_ideal:.3f}) |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _weights(settings: dict[str, Any]) -> str:
-    return settings["dtype"] + (" frozen" if settings.get("freezing") else "")
+def label(result: dict[str, Any]) -> str:
+    """Phase, batch x length, and what is not as in most rows."""
+    settings, shape = result["settings"], result["shape"]
+    marks = [
+        "" if settings["dtype"] == "bfloat16" else "fp32",
+        "" if settings["compiled"] else "uncompiled",
+        "both frozen" if settings["freezing"] else "",
+        "heads too" if "attention_ratio" in shape else "",
+        "guard" if result["config"]["guard"] else "",
+    ]
+    parts = [f"{settings['phase']}, {settings['batch']} x {settings['length']}", *(mark for mark in marks if mark)]
+    return ", ".join(parts)
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
     """Measured ratio beside the ideal one."""
-    shapes = [r["settings"] for r in results]
     ideals = [r.get("ideal_with_probe", r["ideal"]) for r in results]
     bars(
         file,
         f"{results[0]['model']}, MLP 40%, decoder blocks, compiled, one CPU thread",
         "time, pruned / dense",
-        [f"{s['phase']} {s['batch']} x {s['length']} {_weights(s)}" for s in shapes],
+        [label(r) for r in results],
         {"measured": [r["ratio"] for r in results], "ideal (MACs or bytes, probe included)": ideals},
     )
 
@@ -95,20 +117,20 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--phase", choices=("prefill", "decode"), help="only these shapes; the file's others stay")
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="only these shapes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     options = parser.parse_args()
-    console = Console()
+    console, file = Console(), options.out.with_suffix(".json")
+    found = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
+    results = {json.dumps(r["shape"]): r for r in found if r["model"] == options.model}
     shapes = [s for s in SHAPES if options.phase in (None, s["phase"])]
-    results = [run(options.model, shape) for shape in track(shapes, "benchmarks", console=console)]
-    if options.phase is not None and options.out.with_suffix(".json").exists():
-        before = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))["results"]
-        others = [r for r in before if r["settings"]["phase"] != options.phase]
-        results = others + results if options.phase == "decode" else results + others
-    write_json(options.out.with_suffix(".json"), {"processor": processor(), "results": results})
-    options.out.with_suffix(".md").write_text(f"{processor()}\n\n{table(results)}", encoding="utf-8")
-    plot(results, options.out.with_suffix(".png"))
-    console.print(table(results))
+    for shape in track(shapes, "benchmarks", console=console):
+        results[json.dumps(shape)] = run(options.model, shape)
+        ordered = [results[key] for key in map(json.dumps, SHAPES) if key in results]
+        write_json(file, {"processor": processor(), "results": ordered})  # what was measured stays if this is stopped
+    file.with_suffix(".md").write_text(f"{processor()}\n\n{table(ordered)}", encoding="utf-8")
+    plot(ordered, file.with_suffix(".png"))
+    console.print(table(ordered))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def bench(
         raise InputError("freezing=True is an option of the compiler; set compiled=True too (--compile)")
     check_token_ids(model, ids, "ids")
     config = config or ProbePruningConfig()
-    pruned = transform(copy.deepcopy(model), config)
+    with _threads(threads):  # the guard measures, too
+        pruned = transform(copy.deepcopy(model), config)
     calibrate(pruned, ids, batch_size=len(ids), progress=False)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = ids.to(device)

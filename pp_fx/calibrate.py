@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import distributed
 from .errors import InputError, StateError
 from .gram import gram_of_sums
+from .guard import guard_lifted
 from .progress import track
 from .sketch import Sketch
 from .state import GroupState, states_of
@@ -82,7 +83,7 @@ def _run(model: Any, states: list[GroupState], batches: Any, device: Any, progre
     for index, batch in enumerate(track(batches, "calibrate", progress)):
         inputs = _inputs(model, batch, index)
         # statistics are gathered in Python, so a compiled forward runs uncompiled here
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), guard_lifted(layers_of(model)):
             model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
         _check_finite(states, index)
         count += 1

@@ -130,6 +130,7 @@ def bench_command(
     config: Config = None,
     compile_model: Compile = False,
     freezing: Annotated[bool, typer.Option(help="Compile both with Inductor's freezing (packed weights).")] = False,
+    guard: Annotated[bool, typer.Option(help="Calls too small to pay stay dense (measured first).")] = False,
     attention: Annotated[str, typer.Option(help="Attention implementation of both models: sdpa or eager.")] = "sdpa",
     repeats: Annotated[int, typer.Option(help="Timed prefills of each model.")] = 9,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -139,6 +140,8 @@ def bench_command(
     """Time of MODEL, pruned against dense, interleaved in one process: decoder blocks, and with the LM head."""
     console = _console(json_file)
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    if guard:
+        settings = dataclasses.replace(settings, guard=True)
     if attention not in ("sdpa", "eager"):
         raise InputError(f"attention={attention!r} is unknown; choose sdpa or eager")
     prompts = read(text)

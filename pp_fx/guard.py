@@ -5,11 +5,12 @@ Opt-in (`ProbePruningConfig.guard`), because what a model computes must not depe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,20 @@ def set_guard(model: nn.Module, layers: nn.ModuleList, longest: int) -> None:
                 _measured[key] = break_even({n: _ratio(layer, calls[n][index]) for n in sizes})
             info.guard_tokens = _measured[key]
             logger.info("layer %d: calls of fewer than %s tokens stay dense", index, info.guard_tokens)
+
+
+@contextlib.contextmanager
+def guard_lifted(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside the context calls of every size select: calibration reads small batches, too."""
+    infos = [layer.__dict__[LAYER] for layer in layers]
+    before = [info.guard_tokens for info in infos]
+    try:
+        for info in infos:
+            info.guard_tokens = 0
+        yield
+    finally:
+        for info, tokens in zip(infos, before, strict=True):
+            info.guard_tokens = tokens
 
 
 def break_even(ratios: dict[int, float]) -> float:

@@ -24,7 +24,8 @@ def static_copy(model: nn.Module, pruned: nn.Module, ids: Tensor) -> nn.Module |
         ids: int64 [B, T], the prompt.
 
     Returns:
-        None where nothing or attention heads are pruned, or a projection is fused, transposed or has a bias.
+        None where nothing or attention heads are pruned, the guard leaves the prompt dense, or a projection is fused,
+        transposed or has a bias.
     """
     layers = layers_of(pruned)
     groups = [(kind, layer.groups[kind]) for layer in layers for kind, s in layer.states().items() if s.prunes]
@@ -37,6 +38,8 @@ def static_copy(model: nn.Module, pruned: nn.Module, ids: Tensor) -> nn.Module |
     with torch.no_grad():
         pruned.base_model(input_ids=ids, past_key_values=cache)  # type: ignore[operator]
     selections: Any = selections_on(cache)
+    if selections is None:  # the guard found the prompt too small
+        return None
     cut = copy.deepcopy(model)
     names = {id(module): name for name, module in pruned.named_modules()}
     for index, chosen in selections.layers.items():

@@ -1,5 +1,6 @@
 """The no-regret guard: small calls stay dense to the bit, others are pruned as without it; explain says so."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 import pp_fx
 from pp_fx import guard
 from pp_fx.cache import selections_on
+from pp_fx.state import states_of
 
 from .conftest import tiny_llama
 
@@ -46,7 +48,7 @@ def test_break_even_is_where_pruning_pays_from_then_on(ratios, expected):
 def test_small_calls_are_dense_and_large_ones_pruned(measured, compiled):
     small, large = torch.randint(2, 97, (1, 40)), torch.randint(2, 97, (2, 40))
     dense, free = tiny_llama(), tiny_llama()
-    pp_fx.transform(free, pp_fx.ProbePruningConfig(**{**CONFIG.to_dict(), "probe": CONFIG.probe, "guard": False}))
+    pp_fx.transform(free, dataclasses.replace(CONFIG, guard=False))
     guarded = pp_fx.transform(tiny_llama(), CONFIG)
     torch._dynamo.reset()
     forward = torch.compile(guarded, fullgraph=True, backend="eager") if compiled else guarded
@@ -70,6 +72,16 @@ def test_decoding_after_a_small_prompt_is_dense_and_after_a_large_one_sticky(mea
         before = selections_on(cache).layers[1]["mlp"].kept
         model(torch.randint(2, 97, (2, 3)), past_key_values=cache)
     assert selections_on(cache).layers[1]["mlp"].kept is before
+
+
+def test_calibration_reads_batches_of_every_size(measured):
+    free = pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, guard=False))
+    guarded, ids = pp_fx.transform(tiny_llama(), CONFIG), torch.randint(2, 97, (3, 40))
+    for model in (free, guarded):
+        pp_fx.calibrate(model, ids, batch_size=2, progress=False)
+    for a, b in zip(states_of(free), states_of(guarded), strict=True):
+        assert (a.mean is None and b.mean is None) or torch.equal(a.mean, b.mean)
+    assert all(layer.pp_layer.guard_tokens == 64 for layer in guarded.model.layers[1:])
 
 
 def test_explain_reports_it(measured):
