@@ -63,8 +63,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     Raises:
         ConfigError: `config` is invalid for this model.
         StateError: the model is already transformed, or in training mode with dropout.
-        UnsupportedModelError: no decoder layers, weights on the meta device, hooks inside a layer, or a layer that
-            cannot be captured. The model is left as it was.
+        UnsupportedModelError: no decoder layers, weights on the meta device or distributed, hooks inside a layer, or a
+            layer that cannot be captured. The model is left as it was.
     """
     config = _check(model, config)
     path, layers = find_layers(model)
@@ -188,6 +188,12 @@ def _check(model: nn.Module, config: Any) -> ProbePruningConfig:
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise UnsupportedModelError(f"parameter {meta} is on the meta device; load the weights before transform")
+    sharded = next((n for n, p in model.named_parameters() if hasattr(p, "device_mesh")), None)  # a DTensor
+    if sharded is not None:
+        raise UnsupportedModelError(
+            f"parameter {sharded} is distributed (tensor parallel, FSDP), and a selection would have to be made over "
+            "all shards; load the whole model on every rank: pp_fx.calibrate and evaluate share batches between ranks"
+        )
     if model.training and _has_dropout(model):
         raise StateError("model is in training mode with dropout; call model.eval() before transform")
     return config

@@ -11,6 +11,7 @@ import torch
 
 import pp_fx
 from pp_fx.distributed import gather, world
+from pp_fx.errors import UnsupportedModelError
 from pp_fx.evaluate import evaluate
 from pp_fx.padding import add_padded
 from pp_fx.sketch import Sketch
@@ -96,6 +97,15 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     assert "rank 1 failed" in done.stderr
 
 
+def test_tensor_parallel_is_refused_by_name(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    torchrun("-m", "tests.test_distributed", "parallel", tmp_path)
+    for rank in range(2):
+        message = (tmp_path / f"refused-{rank}").read_text()
+        assert "is distributed (tensor parallel" in message
+        assert "pp_fx.calibrate" in message
+
+
 def test_one_process_is_a_world_of_its_own():
     assert world() == (0, 1)
     assert gather("x") == ["x"]
@@ -120,6 +130,9 @@ def test_merged_sketches_hold_the_covariance_of_all_rows():
 
 
 if __name__ == "__main__":
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
     from pp_fx.distributed import processes
 
     torch.set_num_threads(1)
@@ -127,4 +140,14 @@ if __name__ == "__main__":
         if sys.argv[1] == "wrong":
             broken = pp_fx.transform(tiny_llama(), CONFIGS["default"])
             pp_fx.calibrate(broken, torch.full((2, 8), 1000 if here else 5), progress=False)
+        if sys.argv[1] == "parallel":
+            whole = Path(sys.argv[2], "model")
+            model = AutoModelForCausalLM.from_pretrained(
+                whole, distributed_config=DistributedConfig(tp_plan="auto"), local_files_only=True
+            )
+            with pytest.raises(UnsupportedModelError) as refused:
+                pp_fx.transform(model.eval(), CONFIGS["default"])
+            assert not pp_fx.is_transformed(model)
+            Path(sys.argv[2], f"refused-{here}").write_text(str(refused.value))
+            sys.exit()
         torch.save(work(sys.argv[1]), Path(sys.argv[2]) / str(here))
