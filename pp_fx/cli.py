@@ -19,12 +19,13 @@ from rich.table import Table
 from . import __version__
 from .bench import bench
 from .calibrate import calibrate
-from .compare import compare, plot, table
+from .compare import compare, plot, require_matplotlib, table
 from .config import ProbePruningConfig
 from .distributed import processes, world
 from .errors import InputError, PpFxError
 from .evaluate import evaluate
 from .explain import explain
+from .hf_quantizer import saved_settings
 from .history import history_frozen
 from .macs import Macs, count_macs, kept_per_layer
 from .methods import METHODS
@@ -40,9 +41,18 @@ app = typer.Typer(
 _debug = False
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pp-fx {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Probe Pruning: run only the attention heads and MLP channels that a batch needs.
 
@@ -56,15 +66,17 @@ def _options(
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CALIBRATION = (64, 512)
+_CALIBRATION = "Up to 64 x 512 tokens of a UTF-8 file, or of " + PYTHON_DOCS
 
 Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to FILE; - is stdout.")]
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Batch = Annotated[int, typer.Option(help="Sequences per forward pass; one selection is made per batch.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels dropped.")]
-AttentionRatio = Annotated[float | None, typer.Option(help="Share of query heads dropped.")]
-Preset = Annotated[str, typer.Option(help="default or paper.")]
+MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels dropped; of the preset: 0.4.")]
+AttentionRatio = Annotated[
+    float | None, typer.Option(help="Share of query heads dropped; default preset: 0, paper: as --mlp-ratio.")
+]
+Preset = Annotated[str, typer.Option(help="default, or paper (the authors' settings, attention heads too).")]
 Config = Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")]
 
@@ -87,7 +99,7 @@ def demo(json_file: Json = None) -> None:
 def eval_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
-    calibration: Annotated[str | None, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}; none: probe alone.")] = None,
+    calibration: Annotated[str | None, typer.Option(help=f"{_CALIBRATION}; left out: probe alone.")] = None,
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
     length: Length = 512,
     batch: Batch = 20,
@@ -105,11 +117,11 @@ def eval_command(
     _dtype(dtype)
     texts = {"text": read(text)}
     if calibration is not None:
-        texts["calibration"] = read(calibration)
+        texts["calibration"] = read(calibration, "calibration")
     with processes() as rank:
         loaded, tokenizer = _load_dense(model, dtype)
         ids = sequences(texts["text"], tokenizer, sequence_count, length)
-        sample = None if calibration is None else sequences(texts["calibration"], tokenizer, *_CALIBRATION)
+        sample = None if calibration is None else _calibration(texts["calibration"], tokenizer)
         progress = json_file != "-" and rank == 0
         result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=progress)
     if rank == 0:
@@ -129,7 +141,9 @@ def bench_command(
     preset: Preset = "default",
     config: Config = None,
     compile_model: Compile = False,
-    freezing: Annotated[bool, typer.Option(help="Compile both with Inductor's freezing (packed weights).")] = False,
+    freezing: Annotated[
+        bool, typer.Option(help="With --compile: Inductor's freezing (packed weights) for both.")
+    ] = False,
     guard: Annotated[bool, typer.Option(help="Calls too small to pay stay dense (measured first).")] = False,
     attention: Annotated[str, typer.Option(help="Attention implementation of both models: sdpa or eager.")] = "sdpa",
     repeats: Annotated[int, typer.Option(help="Timed prefills of each model.")] = 9,
@@ -167,7 +181,7 @@ def report_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
     directory: Annotated[Path, typer.Argument(help="Folder to write: report.html, pictures, report.json.")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")] = PYTHON_DOCS,
-    calibration: Annotated[str | None, typer.Option(help="UTF-8 file; none: what follows the text.")] = None,
+    calibration: Annotated[str | None, typer.Option(help=f"{_CALIBRATION}; left out: what follows the text.")] = None,
     methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "default,paper,wanda_sp,flap",
     ratios: Annotated[str, typer.Option(help="Shares of MLP channels dropped, separated by commas.")] = "0.2,0.4",
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 16,
@@ -176,14 +190,14 @@ def report_command(
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Measure MODEL and write a page that shows quality against time, what is kept, and what it costs."""
-    texts = read(text), None if calibration is None else read(calibration)
+    texts = read(text), None if calibration is None else read(calibration, "calibration")
     loaded, tokenizer = _load_dense(model, dtype)
     if texts[1] is None:
         both = sequences(texts[0], tokenizer, 2 * sequence_count, length)
         ids, sample = both[:sequence_count], both[sequence_count:]
     else:
         ids = sequences(texts[0], tokenizer, sequence_count, length)
-        sample = sequences(texts[1], tokenizer, *_CALIBRATION)
+        sample = _calibration(texts[1], tokenizer)
     found = report(
         loaded, ids, sample, directory, methods=_names(methods), ratios=_numbers(ratios), batch=batch, title=model
     )
@@ -208,7 +222,7 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
     directory: Annotated[Path, typer.Argument(help="Folder to write: model.onnx and everything around it.")],
     calibration: Annotated[
-        str | None, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}; none: no history.")
+        str, typer.Option(help=f"{_CALIBRATION}; a model saved with its pruning keeps its history.")
     ] = PYTHON_DOCS,
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
@@ -227,7 +241,7 @@ def export_command(
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
     if dtype not in ("float32", "float16"):
         raise InputError(f"dtype={dtype!r} is unknown; choose float32 or float16")
-    sample = None if calibration is None else read(calibration)
+    sample: str | None = read(calibration, "calibration")
     loaded, tokenizer = load(model, torch.float32)
     if is_transformed(loaded):
         if (mlp_ratio, attention_ratio, preset, config) != (None, None, "default", None):
@@ -236,7 +250,7 @@ def export_command(
     else:
         transform(loaded, settings)
     if sample is not None:
-        calibrate(loaded, sequences(sample, tokenizer, *_CALIBRATION), progress=json_file != "-")
+        calibrate(loaded, _calibration(sample, tokenizer), progress=json_file != "-")
     if dtype == "float16":
         loaded.half()
     onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite)
@@ -275,10 +289,16 @@ def explain_command(
     config: Config = None,
     json_file: Json = None,
 ) -> None:
-    """Which channels and heads of MODEL can be pruned, and why the rest stays dense. Needs no weights."""
+    """Which channels and heads of MODEL can be pruned, and why the rest stays dense. Needs no weights.
+
+    A model saved with its pruning is explained with its own settings, unless others are given.
+    """
     console = _console(json_file)
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
-    found = explain(load_config(model), settings, batch=batch, length=length)
+    described = load_config(model)
+    if (mlp_ratio, attention_ratio, preset, config) == (None, None, "default", None):
+        settings = saved_settings(described) or settings
+    found = explain(described, settings, batch=batch, length=length)
     _write(found.to_dict(), json_file)
     if json_file != "-":
         console.print(found.table())
@@ -288,7 +308,7 @@ def explain_command(
 def compare_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
-    calibration: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
+    calibration: Annotated[str, typer.Option(help=f"{_CALIBRATION}.")],
     methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; all.")] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated shares of MLP channels dropped.")] = "0.2,0.4",
     attention_ratio: Annotated[float, typer.Option(help="Share of query heads dropped, in all rows.")] = 0.0,
@@ -304,9 +324,11 @@ def compare_command(
     """Pruning methods side by side: perplexity with paired standard errors, MACs, time, perplexity per time saved."""
     console = _console(json_file)
     names, shares = _names(methods), _numbers(ratios)
-    texts = read(text), read(calibration)
+    texts = read(text), read(calibration, "calibration")
+    if plot_file is not None:
+        require_matplotlib()
     loaded, tokenizer = _load_dense(model, dtype)
-    ids, sample = sequences(texts[0], tokenizer, sequence_count, length), sequences(texts[1], tokenizer, *_CALIBRATION)
+    ids, sample = sequences(texts[0], tokenizer, sequence_count, length), _calibration(texts[1], tokenizer)
     result = compare(
         loaded, ids, sample, methods=names, ratios=shares, attention_ratio=attention_ratio, batch=batch,
         time_batch=time_batch, changes={"round_to": round_to}, progress=json_file != "-",
@@ -384,12 +406,26 @@ def _settings(preset: str, config: str | None, mlp: float | None, attention: flo
     if config is not None:
         if preset != "default":
             raise InputError(f"config={config!r} and preset={preset!r} exclude each other; give one of them")
-        base = ProbePruningConfig.from_json(read(config)).to_dict()
+        base = ProbePruningConfig.from_json(_json_file(config)).to_dict()
         return ProbePruningConfig.from_dict({**base, **given})
     if preset == "paper":
         ratio = given.pop("mlp_ratio", 0.4)
         return ProbePruningConfig.paper(ratio, **given)
     return ProbePruningConfig(**given)
+
+
+def _json_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"config={name!r} cannot be read ({error}); give a file of ProbePruningConfig.to_json()"
+        ) from None
+
+
+def _calibration(text: str, tokenizer: Any) -> torch.Tensor:
+    """The first 64 x 512 tokens of a text, or as many sequences as it holds: [N, 512]."""
+    return sequences(text, tokenizer, None, 512)[:64]
 
 
 def _load_dense(model: str, dtype: str) -> tuple[Any, Any]:

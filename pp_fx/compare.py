@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,25 @@ def table(result: dict[str, Any], title: str) -> Any:
     return out
 
 
+def require_matplotlib() -> None:
+    """Ask before the long work, not after it.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("a plot needs matplotlib; run: pip install 'pp-fx[report]'")
+
+
 def plot(result: dict[str, Any], title: str, file: Path) -> None:
     """Perplexity (log scale) against total MACs, one line a method.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plot needs matplotlib; run: pip install matplotlib") from None
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

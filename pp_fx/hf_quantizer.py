@@ -55,6 +55,18 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, "history_file": self.history_file, **self.config.to_dict()}
 
 
+def saved_settings(config: Any) -> ProbePruningConfig | None:
+    """The pruning that a model was saved with, by its transformers configuration; None for a dense model.
+
+    Raises:
+        ConfigError: a field is unknown or has a wrong value.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if isinstance(saved, dict) and saved.get("quant_method") == METHOD:
+        saved = ProbePruningHfConfig(**saved)
+    return saved.config if isinstance(saved, ProbePruningHfConfig) else None
+
+
 class ProbePruningHfQuantizer(HfQuantizer):
     """Transforms a model when its weights are in place, and reads its history."""
 

@@ -14,8 +14,8 @@ PYTHON_DOCS = "python-docs"
 """Name of the text that is always at hand: the language reference inside Python's own `pydoc_data.topics`."""
 
 
-def read(name: str) -> str:
-    """The text of a UTF-8 file, or of "python-docs".
+def read(name: str, argument: str = "text") -> str:
+    """The text of a UTF-8 file, or of "python-docs"; `argument` is what an error calls the name.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or is empty.
@@ -27,9 +27,11 @@ def read(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"text={name!r} cannot be read ({error}); give a UTF-8 file or {PYTHON_DOCS!r}") from None
+        raise InputError(
+            f"{argument}={name!r} cannot be read ({error}); give a UTF-8 file or {PYTHON_DOCS!r}"
+        ) from None
     if not text.strip():
-        raise InputError(f"text={name!r} is empty; give a UTF-8 file with text or {PYTHON_DOCS!r}")
+        raise InputError(f"{argument}={name!r} is empty; give a UTF-8 file with text or {PYTHON_DOCS!r}")
     return text
 
 

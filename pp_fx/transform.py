@@ -222,6 +222,11 @@ def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, list[float
         if any(ratios) and without:
             reasons = "; ".join(dict.fromkeys(r for s in without for r in s.reasons))
             warnings.warn(f"pp_fx leaves {kind} dense in some layers: {reasons}{remedy}", stacklevel=3)
+    asked = [kind for kind, ratios in carried.items() if any(ratios)]
+    if asked and not any(kind in s.groups for kind in asked for s in structures):
+        other = [kind for kind in carried if kind not in asked and any(kind in s.groups for s in structures)]
+        remedy = "".join(f"; {kind} can be pruned here, set {kind}_ratio" for kind in other)
+        warnings.warn(f"pp_fx prunes nothing of this model{remedy}", stacklevel=3)
 
 
 def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, config: ProbePruningConfig) -> GroupState:

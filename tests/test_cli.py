@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import pp_fx
 from pp_fx.cli import app
 from pp_fx.errors import PpFxError
 
@@ -70,7 +71,9 @@ def test_compare_writes_json_and_plot(folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--text", "/no/such/file"], "cannot be read"),
+        (["--text", "/no/such/file"], "text='/no/such/file' cannot be read"),
+        (["--text", "python-docs", "--calibration", "/no/such/file"], "calibration='/no/such/file' cannot be read"),
+        (["--text", "python-docs", "--config", "/no/such/file"], "config='/no/such/file' cannot be read"),
         (["--text", "python-docs", "--mlp-ratio", "1.5"], "mlp_ratio=1.5"),
         (["--text", "python-docs", "--dtype", "int4"], "dtype='int4'"),
         (["--text", "python-docs", "--preset", "best"], "preset='best'"),
@@ -90,6 +93,28 @@ def test_errors_are_one_line_and_exit_code_1():
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "/no/such/file" in done.stderr
+
+
+def test_version():
+    assert run("--version").output == f"pp-fx {pp_fx.__version__}\n"
+
+
+def test_explain_of_a_saved_model_uses_its_settings(tmp_path):
+    model = pp_fx.transform(tiny_llama(layers=5), pp_fx.ProbePruningConfig(mlp_ratio=0.2, skip_layers=2, round_to=1))
+    model.save_pretrained(tmp_path / "pruned")
+    for options, kept in (((), 64), (("--mlp-ratio", "0.3"), 32)):  # round_to 1 and 16
+        result = run("explain", str(tmp_path / "pruned"), *options, "--json", "-")
+        assert result.exit_code == 0, result.output
+        groups = json.loads(result.stdout)["layers"][4]["groups"]
+        assert [g["kept"] for g in groups if g["kind"] == "mlp"] == [kept]
+
+
+def test_calibration_takes_what_a_short_text_holds(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    options = ("--sequences", "1", "--length", "64", "--batch", "1", "--mlp-ratio", "0.3", "--json", "-")
+    result = run("eval", folder, "--text", str(text), "--calibration", str(text), *options)
+    assert result.exit_code == 0, result.output
 
 
 def test_import_stays_lean():

@@ -11,6 +11,7 @@ from pp_fx.block import ProbePrunedLayer
 from pp_fx.state import states_of
 
 from .conftest import tiny_llama
+from .families import build
 
 PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
 DENSE = pp_fx.ProbePruningConfig(mlp_ratio=0.0, attention_ratio=0.0)
@@ -193,3 +194,9 @@ def test_attention_weights_cannot_be_had_and_say_so(ids):
         logits(model, ids, output_attentions=True)
     pp_fx.restore(model)
     assert len(model(ids, output_attentions=True).attentions) == 3
+
+
+def test_a_model_of_which_nothing_is_pruned_says_so():
+    """Experts stay dense, and attention is off by default."""
+    with pytest.warns(UserWarning, match="prunes nothing of this model; attention can be pruned here"):
+        pp_fx.transform(build("Mixtral"), pp_fx.ProbePruningConfig(skip_layers=0))
