@@ -1,4 +1,4 @@
-"""Perplexity while decoding: sticky selection, re-probing, and the drift guard, also on a text that changes topic.
+"""Perplexity while decoding: sticky selection, re-probing, and `drift_threshold`, also on a text that changes topic.
 
 8 prompts x 256 tokens, then 64 teacher-forced tokens one at a time (the same text goes on), or 192 tokens of Python's
 documentation (the topic changes). One batch, bf16, calibrated on 64 x 512 tokens of the calibration text.

@@ -132,9 +132,9 @@ class ProbePruningConfig:
         decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels) or "probe"
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
             attention heads stay).
-        reprobe_every: decoded tokens between two probes of decode="probe" or of the drift guard; a window of their
+        reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
             residual is kept with the selection.
-        drift_threshold: with decode="sticky", the drift guard: every `reprobe_every` decoded tokens these are
+        drift_threshold: in (0, 1], with decode="sticky": every `reprobe_every` decoded tokens these are
             probed, and where less than this share of their selection is in the present one, it replaces it. In
             (0, 1], or None for no guard.
         compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
