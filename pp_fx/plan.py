@@ -1,6 +1,6 @@
 """What one call does: select units anew, reuse the generation's selection, re-probe it, or run dense.
 
-`check_cache` looks at the KV cache once per forward of the model, `plan_call` decides for one block.
+`check_call` looks at the KV cache once per forward of the model, `plan_call` decides for one block.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ from transformers.cache_utils import Cache
 from .cache import Selection, Selections, forget, put_selections, selections_on
 from .config import ProbePruningConfig
 from .errors import StateError
+from .intact import Inside, check_inside
+from .state import states_of
 
 INFO = "pp_fx_info"
 """Attribute of the module that holds the rewritten layers: its `ModelInfo`."""
 
 
 class ModelInfo(NamedTuple):
-    """What `check_cache` knows of the model; `prunes`: whether any layer drops anything."""
+    """What `check_call` knows of the model.
+
+    Attributes:
+        owner: identity of the transform.
+        config: what is pruned.
+        prunes: whether any layer drops anything.
+        inside: the modules that the layers' graphs bypass.
+    """
 
     owner: int
     config: ProbePruningConfig
     prunes: bool
+    inside: Inside
 
 
 class LayerInfo:
@@ -94,7 +104,7 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
         return Plan(shape, True, False, cache, stored)
     if stored and torch.compiler.is_compiling():
         cached = cache.get_seq_length(layer.index)
-        if isinstance(cached, Tensor):  # a StaticCache: `check_cache` could not see whether it was reset
+        if isinstance(cached, Tensor):  # a StaticCache: `check_call` could not see whether it was reset
             if length > 1 and config.decode != "dense":
                 return Plan(shape, True, False, cache, stored, cached == 0)
             torch._assert_async(cached > 0, _RESET)
@@ -127,18 +137,36 @@ def store(layer: LayerInfo, plan: Plan, name: str, selection: Selection) -> None
     selections.layers[layer.index][name] = selection
 
 
-def check_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the module that holds the layers: drop what an emptied cache holds, refuse a foreign one.
+def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the module that holds the layers: refuse what cannot be served, look at the KV cache.
 
     Raises:
-        StateError: the cache holds tokens and the selections of another transform.
+        StateError: the layers were changed since `transform`, gradient checkpointing would select a second time,
+            generate_batch's paged cache, or the cache holds tokens and the selections of another transform.
     """
+    info: ModelInfo = module.__dict__[INFO]
+    check_inside(info.inside)
+    if not info.prunes:
+        return
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise StateError(
+            "generate_batch (continuous batching) cannot be served by a transformed model: one selection holds for a "
+            "batch from its prompt on, and there requests come and go; use generate, or call pp_fx.restore(model)"
+        )
+    twice = module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
+    if twice and any(state.prunes and state.mode == "run" for state in states_of(module)):
+        raise StateError(
+            "gradient checkpointing runs every layer a second time, when the history has moved on and selects "
+            "otherwise; call model.gradient_checkpointing_disable(), or train under pp_fx.history_frozen(model)"
+        )
+    _check_cache(module, info, args, kwargs)
+
+
+def _check_cache(module: nn.Module, info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Drop what an emptied cache holds, refuse a foreign one."""
     given = (kwargs.get("past_key_values"), kwargs.get("cache"), *args)
     cache = next((c for c in given if isinstance(c, Cache)), None)
     if cache is None:
-        return
-    info: ModelInfo = module.__dict__[INFO]
-    if not info.prunes:
         return
     selections = selections_on(cache)
     length = cache.get_seq_length()

@@ -17,7 +17,8 @@ from .config import ProbePruningConfig
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .groups import AttentionGroup, Group
 from .guard import TOKENS, set_guard
-from .plan import INFO, LayerInfo, ModelInfo, check_cache
+from .intact import Inside, refuse_hooks
+from .plan import INFO, LayerInfo, ModelInfo, check_call
 from .state import GroupState
 from .structure import Structure, find_structures
 from .verify import compare_layers, run_layer
@@ -69,7 +70,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     config = _check(model, config)
     path, layers = find_layers(model)
     for i, layer in enumerate(layers):
-        _check_hooks(i, layer)
+        refuse_hooks(i, layer)
     carried = carried_ratios(config, len(layers))
     structures, calls = find_structures(model, layers, config)
     dense = [run_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
@@ -93,10 +94,10 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
         model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
-        holder.__dict__[INFO] = ModelInfo(owner, config, prunes)
+        holder.__dict__[INFO] = ModelInfo(owner, config, prunes, Inside.of(layers))
         if hasattr(model, SAVE):
             model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
-        holder.register_forward_pre_hook(check_cache, with_kwargs=True)
+        holder.register_forward_pre_hook(check_call, with_kwargs=True)
         model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
         _undo(model, [layer for layer in done if isinstance(layer, ProbePrunedLayer)])
@@ -123,7 +124,7 @@ def _undo(model: nn.Module, layers: Any) -> None:
     for module in model.modules():
         module.__dict__.pop(INFO, None)
         hooks = module._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_cache)]:
+        for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_call)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -202,16 +203,6 @@ def _check(model: nn.Module, config: Any) -> ProbePruningConfig:
 def _has_dropout(model: nn.Module) -> bool:
     layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     return layers or bool(getattr(getattr(model, "config", None), "attention_dropout", 0))
-
-
-def _check_hooks(index: int, layer: nn.Module) -> None:
-    """The graph reads parameters directly and bypasses submodules: what lives on submodules would be lost."""
-    for name, module in layer.named_modules():
-        where = f"layer {index}{'.' + name if name else ''} ({type(module).__name__})"
-        if "forward" in module.__dict__:
-            raise UnsupportedModelError(f"{where} has its forward replaced (accelerate offload?); remove it first")
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
 
 
 def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, list[float]]) -> None:

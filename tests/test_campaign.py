@@ -147,6 +147,7 @@ class Case:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         out = self.model.generate(
             inputs["input_ids"], attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            use_cache=True,  # MPT generates without a cache by default: every step would select anew
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         self.ids = out.sequences[:, :-1]
