@@ -18,8 +18,9 @@ from ..cache import selections_on
 from ..capture import find_layers
 from ..config import ProbePruningConfig
 from ..errors import ExportError
+from ..guard import guard_lifted
 from ..history import history_frozen
-from ..transform import transform
+from ..transform import layers_of, transform
 from .folder import MODEL, context_length, read_settings, verify
 from .ort_model import OrtModel
 from .ports import HISTORY, homes, ports_of
@@ -103,7 +104,7 @@ def compare(directory: Path, model: Any, seed: int = 0) -> Check:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache, ort_cache, difference = DynamicCache(), None, 0.0
         cuts = [(0, length), *((length + i, length + i + 1) for i in range(3))]
-        with torch.no_grad(), history_frozen(model), warnings.catch_warnings():
+        with torch.no_grad(), history_frozen(model), guard_lifted(layers_of(model)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for start, stop in cuts:
                 given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
@@ -145,7 +146,7 @@ def _rebuild(directory: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transform(model, ProbePruningConfig.from_dict(settings["config"]))
+        transform(model, ProbePruningConfig.from_dict({**settings["config"], "guard": False}))
     path, _ = find_layers(model)
     ports = ports_of(model)
     moved = homes(path, ports)

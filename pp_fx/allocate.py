@@ -79,8 +79,11 @@ def allocate(
     if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(batches):
         raise InputError(f"held_out={held_out!r} is not valid; give an integer from 1 to {len(batches) - 1}")
     config = config or ProbePruningConfig()
-    probing = dataclasses.replace(
-        config, mlp_ratio=float("mlp" in kinds) * 0.5, attention_ratio=float("attention" in kinds) * 0.5
+    probing = dataclasses.replace(  # unguarded: small batches, too, must be pruned here
+        config,
+        mlp_ratio=float("mlp" in kinds) * 0.5,
+        attention_ratio=float("attention" in kinds) * 0.5,
+        guard=False,
     )
     transform(model, probing)
     try:

@@ -24,6 +24,8 @@ from .state import GroupState
 
 _PREFIX = "pp_"
 _numbers = count()
+_versions = count(1)
+"""Of all layers of the process: copies of a model that load other weights must not meet again."""
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
@@ -51,7 +53,7 @@ class ProbePrunedLayer:
 
     def refresh(self) -> None:
         """Bring memory layout and column norms in line with the present weights; selections made before are void."""
-        self.__dict__[LAYER].version += 1
+        self.__dict__[LAYER].version = next(_versions)
         for kind, state in self.states().items():
             if state.prunes:
                 for path in self.groups[kind].stored_transposed:

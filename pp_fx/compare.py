@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .bench import time_prefill
 from .calibrate import calibrate
-from .errors import InputError
+from .errors import InputError, StateError
 from .evaluate import Evaluation, evaluate
 from .history import history_frozen
 from .macs import count_macs
 from .methods import METHODS
 from .progress import track
-from .transform import restore, transform
+from .transform import is_transformed, restore, transform
 
 
 def compare(
@@ -58,7 +58,10 @@ def compare(
 
     Raises:
         InputError: an unknown method or invalid numbers; token ids that cannot be used.
+        StateError: the model is transformed.
     """
+    if is_transformed(model):
+        raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
     for name in methods:
         if name not in METHODS:
             raise InputError(f"methods={name!r} is unknown; choose of {', '.join(METHODS)}")

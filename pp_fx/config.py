@@ -229,6 +229,10 @@ class ProbePruningConfig:
                 "probe=None selects by the history alone, once and for all: it needs history='channel' or 'position', "
                 "and decode='probe' or drift_threshold would have nothing to probe; change one of them"
             )
+        if self.probe is None and self.guard:
+            raise ConfigError(
+                "guard=True measures what deciding costs, and probe=None decides nothing while it runs; set guard=False"
+            )
         if self.version != VERSION or isinstance(self.version, bool):
             raise ConfigError(f"version={self.version!r} is unknown; this pp_fx reads version {VERSION}")
 

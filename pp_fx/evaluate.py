@@ -71,6 +71,8 @@ def evaluate(
         InputError: the ids or the batch size cannot be used.
     """
     check_token_ids(model, ids, "ids")
+    if ids.shape[1] < 2:
+        raise InputError(f"ids has shape {tuple(ids.shape)}, no token to predict; give sequences of length >= 2")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch={batch!r} is not valid; give an integer >= 1")
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]

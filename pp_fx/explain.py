@@ -122,19 +122,24 @@ def explain(
 
     Args:
         model: a causal language model, transformed or not, or its transformers configuration.
-        config: what to prune; that of a transformed model, else `ProbePruningConfig()`.
+        config: what to prune, `ProbePruningConfig()` by default; a transformed model has its own.
         batch: samples of the prefill for which the probe's MACs are counted.
         length: its tokens per sample.
 
     Raises:
         UnsupportedModelError: no decoder layers, or a layer that cannot be captured; the message names what broke.
         ConfigError: `config` does not fit the model.
-        InputError: `batch` or `length` is no integer >= 1.
+        InputError: `batch` or `length` is no integer >= 1, or `config` is given for a transformed model.
     """
     for name, value in (("batch", batch), ("length", length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
     if isinstance(model, nn.Module) and is_transformed(model):
+        if config is not None:
+            raise InputError(
+                "model is transformed, so its own configuration is explained; leave config out, or call "
+                "pp_fx.restore(model) first"
+            )
         return _of_transformed(model, batch, length)
     config = config or ProbePruningConfig()
     if isinstance(model, PreTrainedConfig):

@@ -47,7 +47,7 @@ class LayerInfo:
         index: of the layer in the model and in the KV cache.
         owner: identity of the transform (an int that no other transform of this process has).
         prunes: whether anything of this layer is dropped.
-        version: of the layer's weights; grows when they are loaded or moved.
+        version: of the layer's weights; another one when they are loaded or moved.
         guard_tokens: calls of fewer tokens (B x T) select nothing (`pp_fx.guard`); 0 without the guard.
     """
 

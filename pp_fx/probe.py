@@ -63,7 +63,7 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None
     if state.calibrated and not torch.compiler.is_exporting() and length < state.config.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `selection.too_short`
-    norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.promote_types(source.dtype, torch.float32))
     norm = torch.where(norm.isfinite(), norm, 0.0)
     if real is not None:
         norm = torch.where(real, norm, 0.0)

@@ -1,9 +1,11 @@
 """Perplexity: against a plain computation on the logits."""
 
+import pytest
 import torch
 
 import pp_fx
-from pp_fx.evaluate import evaluate_decoding
+from pp_fx.errors import InputError
+from pp_fx.evaluate import evaluate, evaluate_decoding
 
 from .conftest import tiny_llama
 
@@ -16,3 +18,8 @@ def test_decoding_is_evaluated_as_one_pass_would_be(ids):
         logits = model(ids).logits[:, 31:-1].float().log_softmax(-1)
     expected = -logits.gather(2, ids[:, 32:, None]).mean()
     assert abs(a.nll - expected.item()) < 1e-4
+
+
+def test_a_single_token_has_nothing_to_predict(llama):
+    with pytest.raises(InputError, match="length >= 2"):
+        evaluate(llama, torch.randint(2, 97, (2, 1)), 2)

@@ -107,3 +107,11 @@ def test_nothing_is_changed(llama, ids):
 def test_fused_layers_count_the_same_macs_as_separate_ones():
     fused, separate = (pp_fx.explain(FAMILIES[name].config(), CONFIG).macs for name in ("Phi3", "Llama"))
     assert (fused.dense, fused.pruned, fused.probe) == pytest.approx((separate.dense, separate.pruned, separate.probe))
+
+
+def test_a_transformed_model_is_explained_by_its_own_configuration(llama):
+    pp_fx.transform(llama, pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1))
+    with pytest.raises(pp_fx.errors.InputError, match="leave config out"):
+        pp_fx.explain(llama, pp_fx.ProbePruningConfig(mlp_ratio=0.1))
+    with pytest.raises(pp_fx.errors.StateError, match="model is transformed"):
+        pp_fx.compare(llama, torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))

@@ -113,3 +113,28 @@ def test_a_failed_measurement_leaves_the_model_as_it_was(monkeypatch, llama):
     with pytest.raises(KeyboardInterrupt):
         pp_fx.transform(llama, CONFIG)
     assert not pp_fx.is_transformed(llama)
+
+
+def test_what_tries_ratios_out_is_not_guarded(monkeypatch):
+    monkeypatch.setattr(guard, "_ratio", lambda layer, call: 2.0)
+    monkeypatch.setattr(guard, "_measured", {})
+    ids, settings = torch.randint(2, 97, (6, 40)), {"held_out": 2, "progress": False, "kinds": ("mlp",)}
+    free = dataclasses.replace(CONFIG, skip_layers=0, guard=False)
+    found = pp_fx.allocate(tiny_llama(), 0.2, ids, config=dataclasses.replace(free, guard=True), **settings)
+    assert found.guard
+    assert found.mlp_ratio == pp_fx.allocate(tiny_llama(), 0.2, ids, config=free, **settings).mlp_ratio
+
+
+def test_static_selection_needs_no_guard():
+    with pytest.raises(pp_fx.errors.ConfigError, match="set guard=False"):
+        pp_fx.ProbePruningConfig(probe=None, guard=True)
+
+
+def test_an_exported_guarded_model_is_compared_unguarded(monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(guard, "_ratio", lambda layer, call: 2.0)
+    monkeypatch.setattr(guard, "_measured", {})
+    model = pp_fx.transform(tiny_llama(), CONFIG)
+    pp_fx.export.onnx(model, tmp_path / "out")
+    assert pp_fx.export.check(tmp_path / "out").passed
+    assert model.model.layers[1].pp_layer.guard_tokens == math.inf

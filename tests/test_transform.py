@@ -3,11 +3,12 @@ import importlib
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
 import pp_fx
 from pp_fx import errors
 from pp_fx.block import ProbePrunedLayer
+from pp_fx.cache import selections_on
 from pp_fx.state import states_of
 
 from .conftest import tiny_llama
@@ -200,3 +201,22 @@ def test_a_model_of_which_nothing_is_pruned_says_so():
     """Experts stay dense, and attention is off by default."""
     with pytest.warns(UserWarning, match="prunes nothing of this model; attention can be pruned here"):
         pp_fx.transform(build("Mixtral"), pp_fx.ProbePruningConfig(skip_layers=0))
+
+
+def test_double_precision(ids):
+    model = pp_fx.transform(tiny_llama().double(), PRUNED)
+    assert torch.isfinite(logits(model, ids)).all()
+
+
+def test_a_copy_with_other_weights_refuses_the_cache(ids):
+    """Both have loaded weights once; the selection of one says nothing of the other."""
+    model = pp_fx.transform(tiny_llama(), PRUNED)
+    other = copy.deepcopy(model)
+    for each, scale in ((model, 1.0), (other, 0.5)):
+        each.load_state_dict({name: value * scale for name, value in each.state_dict().items()})
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        before = selections_on(cache).layers[2]["mlp"].version
+        other(ids[:, :1], past_key_values=cache)
+    assert selections_on(cache).layers[2]["mlp"].version != before
