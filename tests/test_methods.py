@@ -184,7 +184,7 @@ def test_compare_gives_what_evaluate_gives(llama, ids):
     assert row["nll"] == pytest.approx(evaluate(llama, ids, 3).nll, abs=1e-6)
     assert row["time_ratio"] > 0
     assert row["macs"]["total"] == pytest.approx(sum(row["macs"][k] for k in ("kept", "probe", "compensation")))
-    with pytest.raises(StateError, match="already transformed"):
+    with pytest.raises(StateError, match="model is transformed"):
         pp_fx.compare(llama, ids, ids, methods=("paper",), ratios=(0.3,), progress=False)
     with pytest.raises(InputError, match="'best' is unknown"):
         pp_fx.compare(llama, ids, ids, methods=("best",))
