@@ -187,4 +187,4 @@ def test_compare_gives_what_evaluate_gives(llama, ids):
     with pytest.raises(StateError, match="model is transformed"):
         pp_fx.compare(llama, ids, ids, methods=("paper",), ratios=(0.3,), progress=False)
     with pytest.raises(InputError, match="'best' is unknown"):
-        pp_fx.compare(llama, ids, ids, methods=("best",))
+        pp_fx.compare(pp_fx.restore(llama), ids, ids, methods=("best",))
