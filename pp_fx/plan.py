@@ -159,10 +159,10 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             "gradient checkpointing runs every layer a second time, when the history has moved on and selects "
             "otherwise; call model.gradient_checkpointing_disable(), or train under pp_fx.history_frozen(model)"
         )
-    _check_cache(module, info, args, kwargs)
+    _check_cache(info, args, kwargs)
 
 
-def _check_cache(module: nn.Module, info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
     """Drop what an emptied cache holds, refuse a foreign one."""
     given = (kwargs.get("past_key_values"), kwargs.get("cache"), *args)
     cache = next((c for c in given if isinstance(c, Cache)), None)

@@ -208,7 +208,7 @@ def test_double_precision(ids):
     assert torch.isfinite(logits(model, ids)).all()
 
 
-def test_a_copy_with_other_weights_refuses_the_cache(ids):
+def test_a_copy_with_other_weights_selects_anew(ids):
     """Both have loaded weights once; the selection of one says nothing of the other."""
     model = pp_fx.transform(tiny_llama(), PRUNED)
     other = copy.deepcopy(model)
