@@ -4,7 +4,7 @@
 
 The attention implementation is the one with which the dense model is faster at that shape (CPU: compiled eager
 attention up to 256 tokens, SDPA above), so that pruning is compared with the best dense model. A row replaces the same
-shape's row of the file; its other rows stay.
+shape's row of the file; its other rows of this processor stay.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
                 options += [name] if value is True else [name, str(value)]
         command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return {"shape": shape, **json.loads(out.read_text(encoding="utf-8"))}
+        return {"shape": shape, "processor": processor(), **json.loads(out.read_text(encoding="utf-8"))}
 
 
 def processor() -> str:
@@ -73,7 +73,8 @@ def processor() -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row a shape; ideal includes the probe for prefill."""
     lines = [
-        "| phase, batch x length | core | dense | pruned ms | ratio | static | ideal | / ideal | with head (ideal) |",
+        "| phase, batch x length | core | dense ms | pruned ms | ratio | static "
+        "| ideal | / ideal | with head (ideal) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -122,14 +123,15 @@ def main() -> None:
     options = parser.parse_args()
     console, file = Console(), options.out.with_suffix(".json")
     found = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
-    results = {json.dumps(r["shape"]): r for r in found if r["model"] == options.model}
+    here = [r for r in found if (r["model"], r["processor"]) == (options.model, processor())]
+    results = {json.dumps(r["shape"]): r for r in here}
     shapes = [s for s in SHAPES if options.phase in (None, s["phase"])]
     if options.missing:
         shapes = [s for s in shapes if json.dumps(s) not in results]
     for shape in track(shapes, "benchmarks", console=console):
         results[json.dumps(shape)] = run(options.model, shape)
         # what was measured stays if this is stopped
-        write_json(file, {"processor": processor(), "results": _ordered(results)})
+        write_json(file, {"results": _ordered(results)})
     ordered = _ordered(results)
     file.with_suffix(".md").write_text(f"{processor()}\n\n{table(ordered)}", encoding="utf-8")
     plot(ordered, file.with_suffix(".png"))
