@@ -11,6 +11,7 @@ import torch
 from onnxscript import ir
 
 from ..errors import ExportError, InputError, StateError
+from ..guard import guard_lifted
 from ..macs import count_macs
 from ..plan import INFO
 from ..transform import layers_of
@@ -122,9 +123,11 @@ def _check(model: Any, opset: int) -> Any:
 def _settings(model: Any, config: Any, opset: int) -> dict[str, Any]:
     from .. import __version__
 
+    with guard_lifted(layers_of(model)):  # a graph knows no machine
+        macs = count_macs(model, 1, 512)
     card = {
         "name": type(model).__name__,
-        "macs": count_macs(model, 1, 512).summary + " (1 x 512 tokens)",
+        "macs": macs.summary + " (1 x 512 tokens)",
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "opset": opset,
         "mlp": config.mlp_ratio,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import calibrate, check_token_ids
-from .config import LARGEST_RATIO, ProbePruningConfig
+from .arguments import check_list, check_token_ids
+from .calibrate import calibrate
+from .config import LARGEST_RATIO, ProbePruningConfig, as_config
 from .errors import ConfigError, InputError, StateError
 from .evaluate import evaluate
 from .history import history_frozen
@@ -31,7 +32,7 @@ def allocate(
     mac_reduction: float,
     batches: Tensor,
     *,
-    config: ProbePruningConfig | None = None,
+    config: ProbePruningConfig | dict | None = None,
     kinds: tuple[str, ...] = ("mlp", "attention"),
     held_out: int = 4,
     strength: float = 0.5,
@@ -47,9 +48,9 @@ def allocate(
 
     Args:
         model: an untransformed causal language model in eval mode. It is transformed while this runs and restored.
-        mac_reduction: share of the decoder blocks' MACs to save, in (0, 1); probe and compensation not counted.
+        mac_reduction: share of the decoder blocks' MACs to save, in (0, 1]; probe and compensation not counted.
         batches: int64 [N, T], calibration token ids; the last `held_out` sequences measure, the others calibrate.
-        config: everything but the ratios.
+        config: everything but the ratios, as in `pp_fx.transform`.
         kinds: which branches may be pruned, of "mlp" and "attention".
         held_out: sequences that measure the loss.
         strength: 1 takes the measured allocation as it is, 0 equal ratios; between them a mixture.
@@ -66,19 +67,19 @@ def allocate(
     """
     if is_transformed(model):
         raise StateError("model is already transformed; call pp_fx.restore(model) first")
-    if not isinstance(batches, Tensor):
-        raise InputError(f"batches={type(batches).__name__} is no tensor; give token ids [N, T]")
     check_token_ids(model, batches, "batches")
-    for name, value in (("mac_reduction", mac_reduction), ("strength", strength)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"{name}={value!r} is not valid; give a number in [0, 1]")
+    for name, value, zero in (("mac_reduction", mac_reduction, False), ("strength", strength, True)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1 or (value == 0 and not zero):
+            raise InputError(f"{name}={value!r} is not valid; give a number in {'[' if zero else '('}0, 1]")
     if cost not in ("macs", "time"):
         raise InputError(f"cost={cost!r} is unknown; choose 'macs' or 'time'")
-    if not kinds or set(kinds) - {"mlp", "attention"}:
-        raise InputError(f"kinds={kinds!r} is not valid; give 'mlp', 'attention' or both")
+    check_list("kinds", kinds, "('mlp', 'attention')")
+    if set(kinds) - {"mlp", "attention"}:
+        raise InputError(f"kinds={kinds!r} is not valid; choose of 'mlp' and 'attention'")
     if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(batches):
         raise InputError(f"held_out={held_out!r} is not valid; give an integer from 1 to {len(batches) - 1}")
-    config = config or ProbePruningConfig()
+    config = as_config(config)
     probing = dataclasses.replace(  # unguarded: small batches, too, must be pruned here
         config,
         mlp_ratio=float("mlp" in kinds) * 0.5,

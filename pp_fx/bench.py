@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from .arguments import check_integers, check_token_ids
 from .cache import compact_bytes
-from .calibrate import calibrate, check_token_ids
-from .config import ProbePruningConfig
+from .calibrate import calibrate
+from .config import ProbePruningConfig, as_config
 from .errors import InputError
 from .history import history_frozen
 from .macs import attention_core_macs, block_bytes, count_macs, head_weight, kept_head_share, key_value_bytes
@@ -83,7 +84,7 @@ class _Side:
 def bench(
     model: nn.Module,
     ids: Tensor,
-    config: ProbePruningConfig | None = None,
+    config: ProbePruningConfig | dict | None = None,
     *,
     phase: str = "prefill",
     new_tokens: int = 32,
@@ -102,7 +103,7 @@ def bench(
     Args:
         model: an untransformed causal language model in eval mode.
         ids: int64 [B, T], the prompts; the history is calibrated on them and frozen.
-        config: what to prune.
+        config: what to prune, as in `pp_fx.transform`.
         phase: "prefill" (no KV cache, all positions through the blocks, the LM head on the last) or "decode"
             (`new_tokens` greedy steps after the prompts; DynamicCache, StaticCache when compiled).
         new_tokens: decode steps.
@@ -126,13 +127,11 @@ def bench(
     """
     if phase not in ("prefill", "decode"):
         raise InputError(f"phase={phase!r} is unknown; choose prefill or decode")
-    for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("threads", threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
+    check_integers(1, new_tokens=new_tokens, repeats=repeats, threads=threads)
     if freezing and not compiled:
         raise InputError("freezing=True is an option of the compiler; set compiled=True too (--compile)")
     check_token_ids(model, ids, "ids")
-    config = config or ProbePruningConfig()
+    config = as_config(config)
     with _threads(threads):  # the guard measures, too
         pruned = transform(copy.deepcopy(model), config)
     calibrate(pruned, ids, batch_size=len(ids), progress=False)
@@ -230,7 +229,7 @@ def _decode(sides: dict[str, _Side], ids: Tensor, new_tokens: int, compiled: boo
 def _ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, float]]:
     batch, length = ids.shape
     macs, core = count_macs(pruned, batch, length), attention_core_macs(dense.config, length)
-    kept = macs.pruned + core * kept_head_share(pruned)
+    kept = macs.pruned + core * kept_head_share(pruned, batch * length)
     whole, head = macs.dense + core, head_weight(dense).numel() / length
     return {
         "blocks": {"ideal": kept / whole, "ideal_with_probe": (kept + macs.overhead) / whole},
@@ -245,7 +244,7 @@ def _ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict
     batch, length = ids.shape
     element = head_weight(dense).element_size()
     cached = key_value_bytes(dense.config, batch, length + new_tokens / 2, element)
-    blocks, slim = block_bytes(pruned)
+    blocks, slim = block_bytes(pruned, batch * length)
     whole, kept, head = blocks + cached, slim + cached, head_weight(dense).numel() * element
     return {
         "blocks": {"ideal": kept / whole},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .arguments import check_integers, check_token_ids
 from .errors import InputError, StateError
 from .gram import gram_of_sums
 from .guard import guard_lifted
@@ -91,8 +92,7 @@ def _run(model: Any, states: list[GroupState], batches: Any, device: Any, progre
 
 
 def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size={batch_size!r} is not valid; give an integer >= 1")
+    check_integers(1, batch_size=batch_size)
     if isinstance(batches, str):
         batches = [batches]
     if isinstance(batches, list | tuple) and batches and all(isinstance(b, str) for b in batches):
@@ -125,23 +125,6 @@ def _inputs(model: nn.Module, batch: Any, index: int) -> dict[str, Tensor]:
         if value.shape != inputs["input_ids"].shape:
             raise InputError(f"{where} {key} has shape {tuple(value.shape)}, not that of input_ids; pad them alike")
     return inputs
-
-
-def check_token_ids(model: nn.Module, ids: Tensor, what: str) -> None:
-    """Token ids must be integers [B, T] within the vocabulary, with B and T at least 1.
-
-    Raises:
-        InputError: they are not.
-    """
-    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise InputError(f"{what} is {ids.dtype} of shape {tuple(ids.shape)}; give integer token ids [B, T]")
-    if 0 in ids.shape:
-        raise InputError(f"{what} has shape {tuple(ids.shape)}, no token at all; give sequences of length >= 1")
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise InputError(f"{what} holds token id {bad}, out of range [0, {vocabulary}); use this model's tokenizer")
 
 
 def _check_finite(states: list[GroupState], index: int) -> None:

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from . import __version__
+from .arguments import check_integers
 from .bench import bench
 from .calibrate import calibrate
 from .compare import compare, plot, require_matplotlib, table
@@ -32,7 +33,7 @@ from .methods import METHODS
 from .models import EMBEDDED, load, load_config
 from .report import report
 from .text import PYTHON_DOCS, read, sequences
-from .transform import CONFIG, is_transformed, restore, transform
+from .transform import config_of, is_transformed, restore, transform
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -246,7 +247,7 @@ def export_command(
     if is_transformed(loaded):
         if (mlp_ratio, attention_ratio, preset, config) != (None, None, "default", None):
             raise InputError(f"model={model!r} is saved with its own pruning; leave ratios, preset and config out")
-        settings, sample = loaded.__dict__[CONFIG], None
+        settings, sample = config_of(loaded), None
     else:
         transform(loaded, settings)
     if sample is not None:
@@ -326,6 +327,7 @@ def compare_command(
     names, shares = _names(methods), _numbers(ratios)
     texts = read(text), read(calibration, "calibration")
     if plot_file is not None:
+        _check_folder("plot", plot_file)
         require_matplotlib()
     loaded, tokenizer = _load_dense(model, dtype)
     ids, sample = sequences(texts[0], tokenizer, sequence_count, length), _calibration(texts[1], tokenizer)
@@ -357,7 +359,7 @@ def run_eval(
     Compiled models are warmed up on the first batch with the history frozen, and measured frozen, so that `seconds`
     excludes compilation.
     """
-
+    check_integers(1, batch=batch)
     rank, ranks = world()
 
     def measure(label: str) -> Any:
@@ -455,7 +457,15 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _console(json_file: str | None) -> Console:
+    """Where tables go; a file that cannot be written is found before the work."""
+    if json_file != "-":
+        _check_folder("json", json_file)
     return Console(stderr=json_file == "-")
+
+
+def _check_folder(option: str, file: str | None) -> None:
+    if file is not None and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+        raise InputError(f"{option}={file!r} cannot be written; give a file in a folder that exists")
 
 
 def _write(result: dict[str, Any], json_file: str | None) -> None:
@@ -493,7 +503,7 @@ def main(arguments: list[str] | None = None) -> None:
     except PpFxError as error:
         if _debug:
             raise
-        Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

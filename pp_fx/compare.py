@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_integers, check_list
 from .bench import time_prefill
 from .calibrate import calibrate
 from .errors import InputError, StateError
@@ -62,11 +63,13 @@ def compare(
     """
     if is_transformed(model):
         raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
+    check_list("methods", methods, "('default', 'paper')")
+    check_list("ratios", ratios, "(0.2, 0.4)")
+    check_integers(1, batch=batch, repeats=repeats)
+    check_integers(0, time_batch=time_batch)
     for name in methods:
         if name not in METHODS:
             raise InputError(f"methods={name!r} is unknown; choose of {', '.join(METHODS)}")
-    if not methods or not ratios:
-        raise InputError(f"methods={methods!r} and ratios={ratios!r} must name at least one each")
     settings = [
         (name, ratio, METHODS[name].config(ratio, attention_ratio, **(changes or {})))
         for name in methods

@@ -326,6 +326,21 @@ class ProbePruningConfig:
         return cls.from_dict(data)
 
 
+def as_config(config: Any) -> ProbePruningConfig:
+    """What a `config` argument means: None the default, a dict the fields of `ProbePruningConfig.from_dict`.
+
+    Raises:
+        ConfigError: it is none of these, or a field is invalid.
+    """
+    if config is None:
+        return ProbePruningConfig()
+    if isinstance(config, dict):
+        return ProbePruningConfig.from_dict(config)
+    if not isinstance(config, ProbePruningConfig):
+        raise ConfigError(f"config={config!r} is not a ProbePruningConfig; give one, a dict or None")
+    return config
+
+
 def _known(cls: type, data: Any, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{what}={data!r} is not a mapping; give a dict of the fields of {cls.__name__}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calibrate import check_token_ids
+from .arguments import check_integers, check_token_ids
 from .distributed import gather, world
 from .errors import InputError
 from .progress import track
@@ -73,8 +73,7 @@ def evaluate(
     check_token_ids(model, ids, "ids")
     if ids.shape[1] < 2:
         raise InputError(f"ids has shape {tuple(ids.shape)}, no token to predict; give sequences of length >= 2")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"batch={batch!r} is not valid; give an integer >= 1")
+    check_integers(1, batch=batch)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     rank, ranks = world()
     losses, seconds = [], 0.0

@@ -12,14 +12,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from .arguments import check_integers
 from .capture import find_layers, structure_key
-from .config import ProbePruningConfig
+from .config import ProbePruningConfig, as_config
 from .errors import InputError, UnsupportedModelError
 from .exported import LAYER
 from .groups import AttentionGroup, Group
-from .macs import Macs, layer_macs
+from .macs import Macs, layer_macs, running_units
 from .structure import find_structures
-from .transform import CONFIG, carried_ratios, is_transformed, kept_units, layers_of
+from .transform import carried_ratios, config_of, is_transformed, kept_units, layers_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Explanation:
 
 def explain(
     model: nn.Module | PreTrainedConfig,
-    config: ProbePruningConfig | None = None,
+    config: ProbePruningConfig | dict | None = None,
     *,
     batch: int = 1,
     length: int = 512,
@@ -122,7 +123,7 @@ def explain(
 
     Args:
         model: a causal language model, transformed or not, or its transformers configuration.
-        config: what to prune, `ProbePruningConfig()` by default; a transformed model has its own.
+        config: what to prune, as in `pp_fx.transform`; a transformed model has its own.
         batch: samples of the prefill for which the probe's MACs are counted.
         length: its tokens per sample.
 
@@ -131,9 +132,7 @@ def explain(
         ConfigError: `config` does not fit the model.
         InputError: `batch` or `length` is no integer >= 1, or `config` is given for a transformed model.
     """
-    for name, value in (("batch", batch), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}={value!r} is not valid; give an integer >= 1")
+    check_integers(1, batch=batch, length=length)
     if isinstance(model, nn.Module) and is_transformed(model):
         if config is not None:
             raise InputError(
@@ -141,7 +140,7 @@ def explain(
                 "pp_fx.restore(model) first"
             )
         return _of_transformed(model, batch, length)
-    config = config or ProbePruningConfig()
+    config = as_config(config)
     if isinstance(model, PreTrainedConfig):
         model = _fake_model(model)
     _, layers = find_layers(model)
@@ -151,17 +150,18 @@ def explain(
     for index, layer in enumerate(layers):
         found = structures[structure_key(layer)]
         kept = {kind: kept_units(group, ratios[kind][index], config) for kind, group in found.groups.items()}
-        reports.append(_report(index, layer, found.groups, kept, found.reasons, config, batch, length))
+        macs = layer_macs(layer, found.groups, kept, config, batch, length)
+        reports.append(_report(index, found.groups, kept, found.reasons, macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
 
 def _of_transformed(model: nn.Module, batch: int, length: int) -> Explanation:
-    config: ProbePruningConfig = model.__dict__[CONFIG]
+    config = config_of(model)
     reports = []
     for index, layer in enumerate(layers_of(model)):
         kept = {kind: state.kept_units for kind, state in layer.states().items()}
-        reasons = [*layer.reasons, *_guarded(layer)]
-        reports.append(_report(index, layer, layer.groups, kept, reasons, config, batch, length))
+        macs = layer_macs(layer, layer.groups, running_units(layer, batch * length), config, batch, length)
+        reports.append(_report(index, layer.groups, kept, [*layer.reasons, *_guarded(layer)], macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
 
@@ -173,16 +173,7 @@ def _guarded(layer: nn.Module) -> list[str]:
     return [f"guard: calls of fewer than {tokens} tokens" if tokens < math.inf else "guard: calls of any size"]
 
 
-def _report(
-    index: int,
-    layer: nn.Module,
-    groups: dict[str, Group],
-    kept: dict[str, int],
-    reasons: list[str],
-    config: ProbePruningConfig,
-    batch: int,
-    length: int,
-) -> LayerReport:
+def _report(index: int, groups: dict[str, Group], kept: dict[str, int], reasons: list[str], macs: Macs) -> LayerReport:
     found = tuple(
         GroupReport(
             kind,
@@ -194,7 +185,7 @@ def _report(
         )
         for kind, group in groups.items()
     )
-    return LayerReport(index, found, tuple(reasons), layer_macs(layer, groups, kept, config, batch, length))
+    return LayerReport(index, found, tuple(reasons), macs)
 
 
 def _fake_model(config: PreTrainedConfig) -> nn.Module:

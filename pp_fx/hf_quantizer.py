@@ -6,6 +6,7 @@ the one at which a configuration in config.json changes the model that is loaded
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers import HfQuantizer
@@ -13,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import ProbePruningConfig
+from .config import ProbePruningConfig, as_config
 from .errors import ConfigError, StateError
 from .saving import HISTORY, read_history
 from .transform import transform
@@ -36,7 +37,7 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        config: ProbePruningConfig | None = None,
+        config: ProbePruningConfig | dict | None = None,
         *,
         quant_method: str = METHOD,
         history_file: bool = False,
@@ -47,7 +48,7 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         if not isinstance(history_file, bool):
             raise ConfigError(f"history_file={history_file!r} is not a boolean; give True or False")
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.config = config if config is not None else ProbePruningConfig.from_dict(fields)
+        self.config = as_config(fields if config is None else config)
         self.history_file = history_file
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +72,11 @@ class ProbePruningHfQuantizer(HfQuantizer):
     """Transforms a model when its weights are in place, and reads its history."""
 
     requires_calibration = False
+    folder: Path | None = None
+    """Where the weights lie: the history lies beside them."""
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         settings: Any = self.quantization_config
@@ -80,12 +86,7 @@ class ProbePruningHfQuantizer(HfQuantizer):
                 del module.config._is_quantized
         transform(model, settings.config)
         if settings.history_file:
-            path = cached_file(
-                model.config._name_or_path,
-                HISTORY,
-                revision=getattr(model.config, "_commit_hash", None),
-                _raise_exceptions_for_missing_entries=False,
-            )
+            path = _history_path(model.config, self.folder)
             if path is None:
                 raise StateError(
                     f"{model.config._name_or_path} has no {HISTORY}; copy the whole folder, or set "
@@ -102,6 +103,18 @@ class ProbePruningHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Only as far as the model is: pruning passes gradients to what ran."""
         return False
+
+
+def _history_path(config: Any, folder: Path | None) -> Path | str | None:
+    """The history beside the weights, downloaded if need be; None where there is none."""
+    if folder is not None and Path(folder, HISTORY).is_file():
+        return folder / HISTORY
+    where: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
+    if folder is not None and "snapshots" in folder.parts:  # CACHE/models--NAME/snapshots/COMMIT/SUBFOLDER
+        at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
+        cache, commit, inner = folder.parts[: at - 1], folder.parts[at + 1], folder.parts[at + 2 :]
+        where = {"cache_dir": Path(*cache), "revision": commit, "subfolder": "/".join(inner)}
+    return cached_file(config._name_or_path, HISTORY, _raise_exceptions_for_missing_entries=False, **where)
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .gram import gram_sums
 from .padding import add_padded
-from .probe import probe_channel_moment, probe_moment
+from .probe import probe_channel_moment, probe_moment, too_short
 from .state import states_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def update_history(
     base_mean = torch.where(seen, state.mean, probe_channel_moment(probe, rows, 1))
     if plan.empty is not None:
         finite = finite & plan.empty
+    if torch.compiler.is_exporting() and state.calibrated:
+        finite = finite & ~too_short(state, plan)  # as no call without a probe teaches
     finite = finite & base_energy.isfinite().all() & base_mean.isfinite().all()
     if state.gram is not None and gram is not None:
         finite = finite & gram.isfinite().all()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import ProbePruningConfig
+from .exported import LAYER
 from .groups import Group
 from .methods import SCORES
 from .state import states_of
@@ -54,14 +55,22 @@ class Macs:
 def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     """MACs per token of a transformed model for prefill of `batch` x `length` tokens; attention cores left out.
 
+    Layers that the guard keeps dense at this size count as dense.
+
     Raises:
         StateError: the model is not transformed.
     """
     layers = layers_of(model)
-    kept = [{kind: s.kept_units for kind, s in layer.states().items()} for layer in layers]
+    kept = [running_units(layer, batch * length) for layer in layers]
     config = next((s.config for s in states_of(model)), ProbePruningConfig())
     parts = [layer_macs(a, a.groups, k, config, batch, length) for a, k in zip(layers, kept, strict=True)]
     return sum(parts, Macs())
+
+
+def running_units(layer: Any, tokens: int) -> dict[str, int]:
+    """Group kind -> the units of a rewritten layer that run in a prefill of so many tokens (B x T)."""
+    guarded = tokens < layer.__dict__[LAYER].guard_tokens
+    return {kind: s.units if guarded else s.kept_units for kind, s in layer.states().items()}
 
 
 def layer_macs(
@@ -133,11 +142,11 @@ def kept_per_layer(model: nn.Module) -> list[dict[str, int]]:
     return [{names[kind]: s.kept_units for kind, s in layer.states().items()} for layer in layers_of(model)]
 
 
-def kept_head_share(model: nn.Module) -> float:
-    """Kept query heads / all query heads, over all layers; 1.0 where attention is dense."""
-    states = [layer.states().get("attention") for layer in layers_of(model)]
-    heads = [(s.kept_units, s.units) for s in states if s is not None]
-    return sum(k for k, _ in heads) / sum(n for _, n in heads) if heads else 1.0
+def kept_head_share(model: nn.Module, tokens: int) -> float:
+    """Query heads that run in a prefill of so many tokens / all of them; 1.0 where attention is dense."""
+    layers = [layer for layer in layers_of(model) if "attention" in layer.groups]
+    kept = sum(running_units(layer, tokens)["attention"] for layer in layers)
+    return kept / sum(layer.groups["attention"].units for layer in layers) if layers else 1.0
 
 
 def head_size(config: Any) -> int:
@@ -160,16 +169,24 @@ def head_weight(model: Any) -> nn.Parameter:
     return model.get_output_embeddings().weight
 
 
-def block_bytes(model: nn.Module) -> tuple[int, float]:
-    """Bytes of the decoder blocks' parameters that a decode step reads: dense, and with the kept rows alone."""
+def block_bytes(model: nn.Module, tokens: int) -> tuple[int, float]:
+    """Bytes of the decoder blocks' parameters that a decode step reads: dense, and with the kept rows alone.
+
+    Args:
+        model: transformed.
+        tokens: of the prompt (B x T): what the guard kept dense there stays dense.
+    """
     dense, pruned = 0, 0.0
+    config = next((s.config for s in states_of(model)), ProbePruningConfig())
     for layer in layers_of(model):
         sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
         dense += sum(sizes.values())
         pruned += sum(sizes.values())
-        for kind, group in layer.groups.items():
-            state: Any = layer.states()[kind]
-            pruned -= sum(sizes[path] * (1 - group.kept_share(path, state.kept_units)) for path in group.weights)
+        if config.decode == "dense":
+            continue
+        for kind, kept in running_units(layer, tokens).items():
+            group = layer.groups[kind]
+            pruned -= sum(sizes[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
     return dense, pruned
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .errors import InputError
+from .errors import InputError, PpFxError
 
 EMBEDDED = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,14 +42,15 @@ def load_config(name: str) -> Any:
         if name == EMBEDDED:
             return AutoConfig.from_pretrained(str(embedded_folder()), gguf_file=_GGUF)
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(name, error) from error
 
 
-def _not_loaded(name: str, error: Exception) -> InputError:
-    if isinstance(error, InputError):
+def _not_loaded(name: str, error: Exception) -> PpFxError:
+    """One line for whatever transformers, tokenizers and safetensors raise at a damaged or missing file."""
+    if isinstance(error, PpFxError):
         return error
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(f"model={name!r} cannot be loaded ({reason}); give a folder, a hub id or {EMBEDDED!r}")
 
 
@@ -68,7 +69,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
             return _load_gguf(embedded_folder(), dtype)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(name, error) from error
 
 

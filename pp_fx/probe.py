@@ -62,7 +62,7 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     if settings is None:
         return None
     if state.calibrated and not torch.compiler.is_exporting() and length < state.config.min_select_tokens:
-        return None  # an exported graph serves every length: it decides by `selection.too_short`
+        return None  # an exported graph serves every length: it decides by `too_short`
     norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.promote_types(source.dtype, torch.float32))
     norm = torch.where(norm.isfinite(), norm, 0.0)
     if real is not None:
@@ -80,6 +80,11 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         real = real.index_select(1, positions)
         real = real if samples is None else real.index_select(0, samples)
     return ProbeRows(samples, positions, real)
+
+
+def too_short(state: GroupState, plan: Plan) -> Tensor:
+    """Bool scalar of an exported graph: the prompt is too short for a probe, so the history alone decides."""
+    return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < state.config.min_select_tokens
 
 
 def with_first(ranked: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def report(
         Path of report.html.
 
     Raises:
-        InputError: matplotlib is missing, the text is too short, or an argument of `compare` cannot be used.
+        InputError: matplotlib is missing, the text is too short, the folder cannot be made, or an argument of
+            `compare` cannot be used.
         StateError: the model is transformed.
     """
     try:
@@ -70,6 +71,11 @@ def report(
         raise StateError("model is transformed; call pp_fx.restore(model) first, report tries several configurations")
     if len(ids) < 2 * batch:
         raise InputError(f"ids holds {len(ids)} sequences, batch={batch}; give at least {2 * batch} or a smaller batch")
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"directory={str(directory)!r} cannot be made ({error}); give a folder") from None
     found: dict[str, Any] = {"title": title or type(model).__name__, "batch": batch, "length": ids.shape[1]}
     found["comparison"] = compare(
         model, ids, calibration, methods=methods, ratios=ratios, batch=batch,
@@ -77,8 +83,6 @@ def report(
     )  # fmt: skip
     config = METHODS["default"].config(max(ratios), 0.0)
     found |= _inside(model, ids, calibration, config, batch, progress)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     pictures = figures(found)
     files = {f"{name}.png": data for name, data in pictures.items()}
     files["report.json"] = json.dumps(found, indent=2).encode()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import InputError, StateError
-from .transform import CONFIG, layers_of
+from .transform import config_of, layers_of
 
 HISTORY = "pp_fx_history.safetensors"
 KEYS = ("energy", "mean", "directions", "gram", "seen")
@@ -40,7 +40,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, **kwargs: Any
 
     if kwargs.pop("push_to_hub", False):
         raise InputError("push_to_hub=True would leave the history behind; call model.push_to_hub(repo_id)")
-    config = model.__dict__[CONFIG]
+    config = config_of(model)
     if hasattr(model.config, "quantization_config"):
         raise StateError(
             f"model.config.quantization_config is set ({type(model.config.quantization_config).__name__}); quantized "

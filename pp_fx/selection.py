@@ -13,7 +13,7 @@ from .errors import StateError
 from .gather import gather_rows, whole_rows
 from .methods import SCORES, Statistics
 from .plan import store
-from .probe import sample_rows
+from .probe import sample_rows, too_short
 
 if TYPE_CHECKING:
     from .plan import LayerInfo, Plan
@@ -74,11 +74,6 @@ def _statistics(state: GroupState, energy: Tensor, mean: Tensor | None, gram: Te
 def selects(state: GroupState, plan: Plan) -> bool:
     """Whether this call makes a new selection of the group."""
     return plan.selects and state.prunes and state.mode != "calibrate"
-
-
-def too_short(state: GroupState, plan: Plan) -> Tensor:
-    """Bool scalar of an exported graph: the prompt is too short for a probe, so the history alone decides."""
-    return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < state.config.min_select_tokens
 
 
 def reused(state: GroupState, plan: Plan) -> Selection | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_integers
 from .errors import InputError
 
 PYTHON_DOCS = "python-docs"
@@ -51,9 +52,9 @@ def sequences(text: str, tokenizer: Any, count: int | None, length: int, skip: i
     Raises:
         InputError: the text is too short, or a number is out of range.
     """
-    for name, value, low in (("length", length, 2), ("sequences", 1 if count is None else count, 1), ("skip", skip, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{name}={value!r} is not valid; give an integer >= {low}")
+    check_integers(2, length=length)
+    check_integers(1, sequences=1 if count is None else count)
+    check_integers(0, skip=skip)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     available = len(ids) // length - skip
     if available < (count or 1):

@@ -13,8 +13,9 @@ from torch import nn
 
 from .block import ProbePrunedLayer, install, output_weight, uninstall
 from .capture import find_layers, structure_key
-from .config import ProbePruningConfig
-from .errors import ConfigError, StateError, UnsupportedModelError
+from .config import ProbePruningConfig, as_config
+from .errors import StateError, UnsupportedModelError
+from .exported import LAYER
 from .groups import AttentionGroup, Group
 from .guard import TOKENS, set_guard
 from .intact import Inside, refuse_hooks
@@ -24,8 +25,6 @@ from .structure import Structure, find_structures
 from .verify import compare_layers, run_layer
 
 logger = logging.getLogger(__name__)
-CONFIG = "pp_fx_config"
-"""Attribute of a transformed model that holds its ProbePruningConfig."""
 SAVE = "save_pretrained"
 """Attribute of a transformed model that shadows its class's method (`pp_fx.saving`)."""
 _owners = itertools.count(1)
@@ -48,6 +47,15 @@ def layers_of(model: nn.Module) -> list[Any]:
     return layers
 
 
+def config_of(model: nn.Module) -> ProbePruningConfig:
+    """What a transformed model (or the one inside a wrapper) prunes.
+
+    Raises:
+        StateError: the model is not transformed.
+    """
+    return layers_of(model)[0].__dict__[LAYER].config
+
+
 def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None) -> nn.Module:
     """Rewrite the decoder layers of a model in place, so that every batch runs only the heads and channels it needs.
 
@@ -63,7 +71,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
 
     Raises:
         ConfigError: `config` is invalid for this model.
-        StateError: the model is already transformed, or in training mode with dropout.
+        StateError: the model is already transformed, compiled, or in training mode with dropout.
         UnsupportedModelError: no decoder layers, weights on the meta device or distributed, hooks inside a layer, or a
             layer that cannot be captured. The model is left as it was.
     """
@@ -92,7 +100,6 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
-        model.__dict__[CONFIG] = config
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
         holder.__dict__[INFO] = ModelInfo(owner, config, prunes, Inside.of(layers))
         if hasattr(model, SAVE):
@@ -108,6 +115,12 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
 def restore(model: nn.Module) -> nn.Module:
     """Undo `transform`: the original layers, bit for bit, with their original memory layout.
 
+    Args:
+        model: a transformed model, or a wrapper of one (torch.compile, PEFT). It is changed in place.
+
+    Returns:
+        The same object.
+
     Raises:
         StateError: the model is not transformed.
     """
@@ -119,10 +132,9 @@ def _undo(model: nn.Module, layers: Any) -> None:
     """Whatever `transform` has done so far."""
     for layer in layers:
         uninstall(layer)
-    model.__dict__.pop(CONFIG, None)
-    model.__dict__.pop(SAVE, None)
-    for module in model.modules():
+    for module in model.modules():  # of a wrapper, the model inside
         module.__dict__.pop(INFO, None)
+        module.__dict__.pop(SAVE, None)
         hooks = module._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_call)]:
             del hooks[key]
@@ -178,14 +190,11 @@ def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, A
 def _check(model: nn.Module, config: Any) -> ProbePruningConfig:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model={model!r} is no torch.nn.Module; load one with AutoModelForCausalLM")
-    if config is None:
-        config = ProbePruningConfig()
-    elif isinstance(config, dict):
-        config = ProbePruningConfig.from_dict(config)
-    elif not isinstance(config, ProbePruningConfig):
-        raise ConfigError(f"config={config!r} is not a ProbePruningConfig; give one, a dict or None")
+    config = as_config(config)
     if is_transformed(model):
         raise StateError("model is already transformed; call pp_fx.restore(model) first")
+    if hasattr(model, "_orig_mod"):  # torch.compile does not look again at hooks and settings
+        raise StateError("model is compiled; transform the model itself, then compile: torch.compile(transform(model))")
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise UnsupportedModelError(f"parameter {meta} is on the meta device; load the weights before transform")

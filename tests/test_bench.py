@@ -1,5 +1,6 @@
 """bench(): figures are consistent, nothing of the model changes, bad input is refused. Never a time itself."""
 
+import dataclasses
 import json
 
 import pytest
@@ -42,10 +43,15 @@ def test_nothing_pruned_is_ideal_one(llama, ids):
         assert result["ideal"] == result["with_head"]["ideal"] == 1
 
 
+def test_dense_decoding_reads_all_bytes(llama, ids):
+    result = bench(llama, ids, dataclasses.replace(CONFIG, decode="dense"), phase="decode", new_tokens=2, repeats=1)
+    assert result["ideal"] == result["with_head"]["ideal"] == 1
+
+
 def test_bytes_of_blocks_and_cache_are_those_of_the_tensors(llama, ids):
     whole = sum(p.numel() * 4 for layer in llama.model.layers for p in layer.parameters())
     pp_fx.transform(llama, CONFIG)
-    dense, pruned = block_bytes(llama)
+    dense, pruned = block_bytes(llama, ids.numel())
     states = [layer.pp_mlp for layer in llama.model.layers]
     assert dense == whole
     assert pruned == whole - sum(3 * 64 * 4 * (s.units - s.kept_units) for s in states)

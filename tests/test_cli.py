@@ -1,8 +1,10 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -79,6 +81,8 @@ def test_compare_writes_json_and_plot(folder, tmp_path):
         (["--text", "python-docs", "--preset", "best"], "preset='best'"),
         (["--text", "python-docs", "--sequences", "1000000"], "sequences=1000000"),
         (["--text", "python-docs", "--length", "0"], "length=0"),
+        (["--text", "python-docs", "--batch", "0", "--compile"], "batch=0"),
+        (["--text", "python-docs", "--json", "/no/such/folder/out.json"], "json='/no/such/folder/out.json'"),
     ],
 )
 def test_bad_input_names_argument_and_value(folder, args, message):
@@ -93,6 +97,32 @@ def test_errors_are_one_line_and_exit_code_1():
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "/no/such/file" in done.stderr
+
+
+def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for arguments, message in (
+        (("compare", "/no/model", "--text", "python-docs", "--calibration", "python-docs"), "plot='/no/a.png'"),
+        (("demo", "--json", str(tmp_path)), "json="),
+    ):
+        result = run(*arguments, *(("--plot", "/no/a.png") if "compare" in arguments else ()))
+        assert isinstance(result.exception, PpFxError)
+        assert message in str(result.exception)
+    with pytest.raises(PpFxError, match="directory="):
+        pp_fx.report(tiny_llama(), torch.ones(8, 9, dtype=torch.long), torch.ones(8, 9, dtype=torch.long), file)
+
+
+def test_a_damaged_folder_is_one_line(folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    for name, size in (("model.safetensors", 5000), ("tokenizer.json", 100)):
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(folder, damaged)
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:size])
+        result = run("eval", str(damaged), "--text", "python-docs")
+        assert isinstance(result.exception, PpFxError)
+        assert f"model={str(damaged)!r} cannot be loaded" in str(result.exception)
+        assert "\n" not in str(result.exception)
 
 
 def test_version():

@@ -17,6 +17,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM, Phi3Config, Ph
 import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import ExportError, InputError, StateError
+from pp_fx.state import states_of
 
 from .conftest import tiny_llama
 
@@ -134,6 +135,20 @@ def test_history_learns_when_it_is_fed_back(exported, ids):
         for name, buffers in before.items():
             for key, value in buffers.items():
                 getattr(states[name], key).copy_(value)
+
+
+def test_a_prompt_too_short_for_a_probe_teaches_nothing(exported, ids):
+    model, folder = exported
+    ours = OrtModel.from_pretrained(folder, threads=1)
+    ours.updates_history = True
+    before = {name: value.clone() for name, value in ours.history.items()}
+    seen = [s.energy.clone() for s in states_of(model) if s.prunes]
+    ours(ids[:, :10])
+    with torch.no_grad():
+        model(ids[:, :10])
+    assert all(torch.equal(before[name], value) for name, value in ours.history.items())
+    for old, state in zip(seen, (s for s in states_of(model) if s.prunes), strict=True):
+        assert torch.equal(old, state.energy)
 
 
 def test_logits_of_the_last_tokens_alone(both, ids):

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import pp_fx
 from pp_fx import guard
 from pp_fx.cache import selections_on
+from pp_fx.macs import block_bytes, count_macs, kept_head_share
 from pp_fx.state import states_of
 
 from .conftest import tiny_llama
@@ -90,6 +91,19 @@ def test_explain_reports_it(measured):
     assert report.layers[0].dense == ()
     assert report.layers[1].dense == ("guard: calls of fewer than 64 tokens",)
     assert "guard: calls of fewer than 64 tokens" in str(report)
+
+
+def test_macs_and_bytes_are_those_of_what_runs(measured):
+    free = pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, guard=False))
+    guarded = pp_fx.transform(tiny_llama(), CONFIG)
+    assert count_macs(guarded, 2, 32) == count_macs(free, 2, 32)
+    assert block_bytes(guarded, 64) == block_bytes(free, 64)
+    small = count_macs(guarded, 1, 63)
+    assert (small.pruned, small.overhead) == (small.dense, 0)
+    assert pp_fx.explain(guarded, length=63).macs == small
+    assert kept_head_share(guarded, 63) == 1 > kept_head_share(guarded, 64)
+    dense, read = block_bytes(guarded, 63)
+    assert dense == read > block_bytes(guarded, 64)[1]
 
 
 def test_a_measurement_leaves_no_trace(monkeypatch):

@@ -156,7 +156,9 @@ def test_measured_seconds_are_those_of_the_decoder(ids):
     [
         ({"mac_reduction": 1.5}, "mac_reduction=1.5"),
         ({"mac_reduction": 0.9}, "at most"),
+        ({"mac_reduction": 0}, "mac_reduction=0"),
         ({"mac_reduction": 0.2, "kinds": ("mlps",)}, "kinds"),
+        ({"mac_reduction": 0.2, "kinds": "mlp"}, "kinds='mlp' is not valid; give a tuple"),
         ({"mac_reduction": 0.2, "held_out": 3}, "held_out=3"),
         ({"mac_reduction": 0.2, "cost": "joules"}, "cost='joules'"),
         ({"mac_reduction": 0.2, "strength": -1}, "strength=-1"),
@@ -186,5 +188,26 @@ def test_compare_gives_what_evaluate_gives(llama, ids):
     assert row["macs"]["total"] == pytest.approx(sum(row["macs"][k] for k in ("kept", "probe", "compensation")))
     with pytest.raises(StateError, match="model is transformed"):
         pp_fx.compare(llama, ids, ids, methods=("paper",), ratios=(0.3,), progress=False)
-    with pytest.raises(InputError, match="'best' is unknown"):
-        pp_fx.compare(pp_fx.restore(llama), ids, ids, methods=("best",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ("best",)}, "'best' is unknown"),
+        ({"methods": "default"}, "methods='default' is not valid"),
+        ({"ratios": 0.4}, "ratios=0.4 is not valid"),
+        ({"ratios": ()}, r"ratios=\(\) is not valid"),
+        ({"time_batch": -5}, "time_batch=-5"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"batch": 0}, "batch=0"),
+    ],
+)
+def test_compare_refuses(llama, ids, arguments, message):
+    with pytest.raises(InputError, match=message):
+        pp_fx.compare(llama, ids, ids, progress=False, **arguments)
+
+
+def test_a_ratio_of_zero_is_dense_with_every_method(llama, ids):
+    names = tuple(METHODS)
+    found = pp_fx.compare(llama, ids, ids, methods=names, ratios=(0.0,), time_batch=0, progress=False)
+    assert [row["nll_above_dense"] for row in found["rows"]] == [0.0] * len(names)

@@ -1,6 +1,7 @@
 """save_pretrained and from_pretrained: pruned again to the bit, dense for everybody else; damaged folders refused."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pp_fx
+from pp_fx import hf_quantizer
 from pp_fx.errors import ConfigError, InputError, StateError
 from pp_fx.saving import HISTORY, read_history
-from pp_fx.transform import CONFIG
+from pp_fx.transform import config_of
 
 from .conftest import tiny_llama
 from .test_cli import folder as dense_folder  # noqa: F401
@@ -69,7 +71,7 @@ def test_a_round_trip_is_exact(tmp_path, ids, config, tied):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert pp_fx.is_transformed(loaded)
-    assert loaded.__dict__[CONFIG] == config
+    assert config_of(loaded) == config
     for found, expected in zip(logits(loaded, ids), logits(model, ids), strict=True):
         assert torch.equal(found, expected)
     text = loaded.generate(ids, max_new_tokens=5, do_sample=False)
@@ -120,6 +122,37 @@ def test_a_dense_folder_is_pruned_on_the_way_in(tmp_path, ids):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=adapter)
     assert torch.equal(logits(loaded, ids)[0], logits(pp_fx.transform(tiny_llama(), CONFIG_HERE), ids)[0])
     assert not loaded.model.layers[1].pp_mlp.calibrated
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_revision_of_a_hub_repository(tmp_path, ids, monkeypatch, subfolder, beside):
+    """Two commits in a cache folder of the user's; the history may have to be fetched on its own."""
+    import huggingface_hub
+
+    repository = tmp_path / "cache" / "models--org--name"
+    models = {"a" * 40: pruned(), "b" * 40: pruned(dataclasses.replace(CONFIG_HERE, mlp_ratio=0.2))}
+    for (commit, model), ref in zip(models.items(), ("main", "v2"), strict=True):
+        model.save_pretrained(repository / "snapshots" / commit / subfolder)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    asked = []
+    if not beside:
+        history = repository / "snapshots" / ("b" * 40) / subfolder / HISTORY
+        history.rename(tmp_path / HISTORY)
+
+        def cached_file(name, file, *, revision, cache_dir, subfolder, **kwargs):
+            asked.append((name, file, revision, cache_dir, subfolder))
+            return tmp_path / HISTORY
+
+        monkeypatch.setattr(hf_quantizer, "cached_file", cached_file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    where = {"cache_dir": tmp_path / "cache", "revision": "v2", "subfolder": subfolder, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained("org/name", **where)
+    assert config_of(loaded).mlp_ratio == 0.2
+    assert torch.equal(logits(loaded, ids)[1], logits(models["b" * 40], ids)[1])
+    expected = ("org/name", HISTORY, "b" * 40, tmp_path / "cache", subfolder)
+    assert asked == ([] if beside else [expected])
 
 
 def test_the_model_is_left_as_it_was(tmp_path, ids):

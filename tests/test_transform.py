@@ -53,6 +53,17 @@ def test_pruning_changes_the_logits_and_restore_brings_them_back(llama, ids):
     assert not [k for layer in layers for k in vars(layer) if k.startswith("pp_")]
 
 
+def test_restore_reaches_into_a_wrapper_and_transform_refuses_one(llama, ids):
+    dense = logits(llama, ids)
+    compiled = torch.compile(pp_fx.transform(llama, PRUNED), backend="eager")
+    assert pp_fx.explain(compiled).layers == pp_fx.explain(llama).layers
+    assert pp_fx.restore(compiled) is compiled
+    assert not {"save_pretrained", "pp_fx_info"} & {*vars(llama), *vars(llama.model)}
+    assert torch.equal(logits(llama, ids), dense)
+    with pytest.raises(errors.StateError, match=r"torch\.compile\(transform"):
+        pp_fx.transform(compiled, PRUNED)
+
+
 def test_state_dict_keeps_names_and_shapes_and_layers_keep_their_class(llama):
     before = {k: v.shape for k, v in llama.state_dict().items()}
     original = type(llama.model.layers[0])

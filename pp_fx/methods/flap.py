@@ -42,6 +42,8 @@ def _plan(model: nn.Module, config: ProbePruningConfig, batches: Any) -> ProbePr
         budget = sum(cost * (s.units - s.kept_units) for cost, (_, _, s) in zip(costs, groups, strict=True))
     finally:
         restore(model)
+    if not groups:
+        return config
     score = torch.cat([(s - s.mean()) / s.std() for s in scores])
     cost = torch.cat([torch.full_like(s, c) for s, c in zip(scores, costs, strict=True)])
     order = score.argsort()

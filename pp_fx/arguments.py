@@ -1,0 +1,50 @@
+"""Checks of arguments that several functions share; what they raise names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+
+def check_integers(low: int, **given: Any) -> None:
+    """Every keyword must be an integer of at least `low`.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{name}={value!r} is not valid; give an integer >= {low}")
+
+
+def check_list(name: str, value: Any, example: str) -> None:
+    """A tuple or list with at least one element; a lone string or number would be taken apart or not be iterable.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(value, tuple | list) or not value:
+        raise InputError(f"{name}={value!r} is not valid; give a tuple of at least one, for example {example}")
+
+
+def check_token_ids(model: nn.Module, ids: Any, what: str) -> None:
+    """Token ids must be an integer tensor [B, T] within the vocabulary, with B and T at least 1.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(ids, Tensor):
+        raise InputError(f"{what} is {type(ids).__name__}, no tensor; give integer token ids [B, T]")
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"{what} is {ids.dtype} of shape {tuple(ids.shape)}; give integer token ids [B, T]")
+    if 0 in ids.shape:
+        raise InputError(f"{what} has shape {tuple(ids.shape)}, no token at all; give sequences of length >= 1")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise InputError(f"{what} holds token id {bad}, out of range [0, {vocabulary}); use this model's tokenizer")
