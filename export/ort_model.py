@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..arguments import check_ids, check_integers
 from ..errors import ExportError, InputError, StateError
 from .folder import MODEL, read_settings, verify
 from .native_ops import check_library, find_ort_ops
@@ -205,14 +206,14 @@ class OrtModel(GenerationMixin):
             logits fp32 [B, T or logits_to_keep, V] and the cache.
 
         Raises:
-            InputError: shapes do not fit, or an argument that the graph has no input for.
+            InputError: shapes do not fit, a token id is out of range, or an argument that the graph has no input for.
             StateError: the cache is not an OrtCache.
         """
         unknown = [name for name, value in others.items() if value is not None and value is not False]
         if unknown:
             raise InputError(f"{', '.join(unknown)}: an exported model has no such input; leave it out")
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give token ids [B, T] with B, T >= 1")
+        check_ids(input_ids, self.config.vocab_size, "input_ids")
+        check_integers(0, logits_to_keep=logits_to_keep)
         cache = OrtCache() if past_key_values is None else past_key_values
         if not isinstance(cache, OrtCache):
             raise StateError(f"past_key_values is {type(cache).__name__}; give an OrtCache or None")

@@ -32,6 +32,11 @@ def check_list(name: str, value: Any, example: str) -> None:
 
 
 def check_token_ids(model: nn.Module, ids: Any, what: str) -> None:
+    """`check_ids` with the vocabulary of a model's input embeddings."""
+    check_ids(ids, model.get_input_embeddings().weight.shape[0], what)  # type: ignore[operator]
+
+
+def check_ids(ids: Any, vocabulary: int, what: str) -> None:
     """Token ids must be an integer tensor [B, T] within the vocabulary, with B and T at least 1.
 
     Raises:
@@ -43,7 +48,6 @@ def check_token_ids(model: nn.Module, ids: Any, what: str) -> None:
         raise InputError(f"{what} is {ids.dtype} of shape {tuple(ids.shape)}; give integer token ids [B, T]")
     if 0 in ids.shape:
         raise InputError(f"{what} has shape {tuple(ids.shape)}, no token at all; give sequences of length >= 1")
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
