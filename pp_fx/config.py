@@ -116,9 +116,12 @@ class ProbePruningConfig:
         momentum: of the history's moving average, in [0, 1].
         freeze_history: never update the history after calibration.
         fusion_epsilon: added to the denominator of the importance-scaled fusion (the authors: 1e-6).
-        score: registry name of the channel score, see `pp_fx.methods`.
-        attention_score: registry name of the head score; None: the same as `score`.
-        mlp_compensation: registry name of what stands in for the dropped channels, see `pp_fx.compensation`, or None.
+        score: of a channel, by its name in `pp_fx.methods`: "ppsp" (paper), "wanda_sp", "flap", "griffin",
+            "magnitude" or "random".
+        attention_score: of a head: "joint" (the output error of all dropped heads together), a name of `score`, or
+            None: the same as `score`.
+        mlp_compensation: what stands in for the dropped channels, by its name in `pp_fx.compensation`: "mean",
+            "least_squares" or None.
         attention_compensation: likewise for the dropped heads.
         compensation_mix: share of the history (against the probe) in the moments that a compensation uses, in [0, 1].
         compensation_rank: principal directions of the intermediate state that "least_squares" keeps from calibration.
@@ -135,8 +138,8 @@ class ProbePruningConfig:
         reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
             residual is kept with the selection.
         drift_threshold: in (0, 1], with decode="sticky": every `reprobe_every` decoded tokens these are
-            probed, and where less than this share of their selection is in the present one, it replaces it. In
-            (0, 1], or None for no guard.
+            probed, and where less than this share of their selection is in the present one, it replaces it. None:
+            the selection stays.
         compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
             other layers gather at every step. None: no limit; 0: keep only the indices.
         guard: measure at `transform` (and after loading) from how many tokens on pruning is not slower than the dense

@@ -143,6 +143,12 @@ def history_frozen(model: nn.Module) -> Iterator[nn.Module]:
     with pp_fx.history_frozen(model):
         model(**inputs)
     ```
+
+    Args:
+        model: a transformed model; of any other nothing changes.
+
+    Yields:
+        The model.
     """
     states = states_of(model)
     before = [s.mode for s in states]

@@ -31,7 +31,11 @@ _owners = itertools.count(1)
 
 
 def is_transformed(model: nn.Module) -> bool:
-    """Whether `transform` has rewritten this model (or the model that `torch.compile` wraps)."""
+    """Whether `transform` has rewritten this model.
+
+    Args:
+        model: any module; of a wrapper (torch.compile, PEFT) the model inside counts.
+    """
     return any(isinstance(m, ProbePrunedLayer) for m in model.modules())
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import pp_fx
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # for reliability/mutations.py, which asks only whether anything fails
 hypothesis.settings.register_profile("unshrunk", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
@@ -48,6 +50,28 @@ def llama():
 @pytest.fixture
 def ids():
     return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+EXPORTED = pp_fx.ProbePruningConfig(
+    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100
+)
+
+
+def calibrated_llama(config=EXPORTED, **changes):
+    """A tiny Llama, transformed and calibrated."""
+    model = pp_fx.transform(tiny_llama(**changes), config)
+    return pp_fx.calibrate(
+        model, torch.randint(2, 97, (4, 40), generator=torch.Generator().manual_seed(5)), progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A pruned tiny Llama and its folder: an export takes half a minute, so all share it and leave it as it is."""
+    pytest.importorskip("onnxruntime")
+    model, folder = calibrated_llama(), tmp_path_factory.mktemp("export") / "out"
+    assert pp_fx.export.onnx(model, folder) == folder
+    return model, folder
 
 
 @pytest.fixture(scope="session")

@@ -193,14 +193,19 @@ def test_short_prompts_are_probed_without_calibration(llama, ids):
     assert not torch.equal(*selections)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 64), st.integers(64, 4096), st.sampled_from([1, 2, 4]), st.sampled_from([1.5, 2.7, 4]))
-def test_the_default_probe_costs_at_most_three_percent(batch, length, kv, wide):
-    torch.manual_seed(0)
-    model = tiny_llama(4, kv, layers=4, intermediate=int(64 * wide))
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("wide", [1.5, 2.7, 4])
+def test_the_default_probe_costs_at_most_three_percent(kv, wide):
+    model = tiny_llama(4, kv, layers=2, intermediate=int(64 * wide))
     pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.2, attention_ratio=0.2, skip_layers=0, round_to=1))
-    macs = count_macs(model, batch, length)
-    assert 0 < macs.probe <= 0.03 * macs.dense
+
+    @settings(deadline=None)
+    @given(st.integers(1, 64), st.integers(64, 4096))
+    def cheap(batch, length):
+        macs = count_macs(model, batch, length)
+        assert 0 < macs.probe <= 0.03 * macs.dense
+
+    cheap()
 
 
 @pytest.mark.parametrize(

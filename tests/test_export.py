@@ -1,7 +1,9 @@
 """ONNX: onnxruntime against torch, both phases; stock tools' view of the file; bad input leaves nothing behind."""
 
+import copy
 import hashlib
 import json
+import math
 import shutil
 
 import numpy as np
@@ -10,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnxscript import ir
-from pp_fx.export import OrtModel, check
+from pp_fx.export import OrtModel, check, to_onnx
 from pp_fx.export.functions import Solve
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -19,27 +21,15 @@ from pp_fx.cache import selections_on
 from pp_fx.errors import ExportError, InputError, StateError
 from pp_fx.state import states_of
 
-from .conftest import tiny_llama
-
-CONFIG = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100
-)
+from .conftest import EXPORTED, tiny_llama
 
 
-def pruned(model, config=CONFIG, calibrated=True):
+def pruned(model, config=EXPORTED, calibrated=True):
     pp_fx.transform(model, config)
     if calibrated:
         ids = torch.randint(2, 97, (4, 40), generator=torch.Generator().manual_seed(5))
         pp_fx.calibrate(model, ids, progress=False)
     return model
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A pruned tiny Llama and its folder."""
-    model, folder = pruned(tiny_llama()), tmp_path_factory.mktemp("export") / "out"
-    assert pp_fx.export.onnx(model, folder) == folder
-    return model, folder
 
 
 @pytest.fixture
@@ -212,10 +202,25 @@ def test_a_check_with_wrong_logits_fails_even_where_a_near_tie_differs(exported,
     assert not module.Check(difference=0.5, agreement=0.999, tolerance=1e-3, prompts=3).passed
 
 
-def test_an_export_replaces_an_earlier_one_alone(exported, tmp_path):
+@pytest.fixture
+def built(exported, monkeypatch):
+    """The graph is read from the exported folder, not traced again."""
+    monkeypatch.setattr(to_onnx, "build", lambda model, opset: ir.load(exported[1] / "model.onnx"))
+
+
+def test_an_export_replaces_an_earlier_one_alone(exported, built, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
     model, folder = exported
     shutil.copytree(folder, tmp_path / "out")
     (tmp_path / "out" / "stale").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(to_onnx, "write_configs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pp_fx.export.onnx(model, tmp_path / "out", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "stale").exists()
     pp_fx.export.onnx(model, tmp_path / "out", overwrite=True, verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in folder.iterdir()}
@@ -265,7 +270,7 @@ def test_biases_and_fused_weights(family, tmp_path):
 )
 def test_other_configurations(changes, tmp_path):
     """Layers of different widths are different kinds; a static method, no history, dense decoding."""
-    config = pp_fx.ProbePruningConfig.from_dict({**CONFIG.to_dict(), **changes})
+    config = pp_fx.ProbePruningConfig.from_dict({**EXPORTED.to_dict(), **changes})
     pp_fx.export.onnx(pruned(tiny_llama(), config), tmp_path / "out")
     found = check(tmp_path / "out")
     assert found.agreement == 1
@@ -358,9 +363,16 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(exported, tmp_path):
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_a_failed_trace_leaves_model_and_disk_as_they_were(tmp_path, ids, monkeypatch):
-    import pp_fx.export.to_onnx as module
+def test_a_guarded_model_is_compared_unguarded(exported, built, tmp_path):
+    """A graph knows no machine: it prunes calls of every size."""
+    model = copy.deepcopy(exported[0])
+    for layer in model.model.layers[1:]:
+        layer.pp_layer.guard_tokens = math.inf
+    pp_fx.export.onnx(model, tmp_path / "out")
+    assert model.model.layers[1].pp_layer.guard_tokens == math.inf
 
+
+def test_a_failed_trace_leaves_model_and_disk_as_they_were(tmp_path, ids, monkeypatch):
     model = pruned(tiny_llama())
     with torch.no_grad(), pp_fx.history_frozen(model):
         before = model(ids).logits
@@ -368,7 +380,7 @@ def test_a_failed_trace_leaves_model_and_disk_as_they_were(tmp_path, ids, monkey
     def fail(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(module, "trace_decode", fail)
+    monkeypatch.setattr(to_onnx, "trace_prefill", fail)
     with pytest.raises(ExportError, match="RuntimeError: broken"):
         pp_fx.export.onnx(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -142,13 +142,3 @@ def test_what_tries_ratios_out_is_not_guarded(monkeypatch):
 def test_static_selection_needs_no_guard():
     with pytest.raises(pp_fx.errors.ConfigError, match="set guard=False"):
         pp_fx.ProbePruningConfig(probe=None, guard=True)
-
-
-def test_an_exported_guarded_model_is_compared_unguarded(monkeypatch, tmp_path):
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(guard, "_ratio", lambda layer, call: 2.0)
-    monkeypatch.setattr(guard, "_measured", {})
-    model = pp_fx.transform(tiny_llama(), CONFIG)
-    pp_fx.export.onnx(model, tmp_path / "out")
-    assert pp_fx.export.check(tmp_path / "out").passed
-    assert model.model.layers[1].pp_layer.guard_tokens == math.inf

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import pp_fx
 from pp_fx.errors import StateError
@@ -83,7 +83,8 @@ def test_gradient_checkpointing_needs_a_frozen_history(model, ids):
 def test_continuous_batching_is_refused(model, ids, capfd):
     settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
     # transformers runs it in a thread, and logs what is raised there
-    found = model.generate_batch([ids[0].tolist()], generation_config=settings, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    found = model.generate_batch([ids[0].tolist()], settings, small, progress_bar=False)
     assert not any(result.generated_tokens for result in found.values())
     assert "generate_batch (continuous batching) cannot be served" in str(found) + capfd.readouterr().err
     assert model.generate(ids, generation_config=settings).shape[1] == ids.shape[1] + 2

@@ -19,7 +19,7 @@ from pp_fx.export.functions import DOMAIN, FUNCTIONS
 import pp_fx
 from pp_fx.errors import ExportError, InputError
 
-from .conftest import tiny_llama
+from .conftest import calibrated_llama
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -146,11 +146,11 @@ def test_shapes_that_do_not_fit_are_an_error_status(library, op):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_model_gives_the_same_text_with_and_without_the_library(library, tmp_path, half):
-    model = pp_fx.transform(tiny_llama(), pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1))
+def test_a_model_gives_the_same_text_with_and_without_the_library(library, exported, tmp_path, half):
     ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(3))
-    pp_fx.calibrate(model, ids, progress=False)
-    folder = pp_fx.export.onnx(model.half() if half else model, tmp_path / "out")
+    folder = exported[1]
+    if half:
+        folder = pp_fx.export.onnx(calibrated_llama(layers=2).half(), tmp_path / "out")
     native, body = (OrtModel.from_pretrained(folder, ops_library=x) for x in (library, None))
     tolerance = 2e-2 if half else 1e-4
     cache, other = (m(ids).past_key_values for m in (native, body))
@@ -162,11 +162,9 @@ def test_a_model_gives_the_same_text_with_and_without_the_library(library, tmp_p
     assert check(folder).passed
 
 
-def test_the_kernels_run_in_place_of_the_bodies(library, tmp_path):
+def test_the_kernels_run_in_place_of_the_bodies(library, exported, tmp_path):
     """onnxruntime's own profile: decoding's products and the prompt's solve."""
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, compensation_min_tokens=40)
-    model = pp_fx.transform(tiny_llama(), config)
-    folder = pp_fx.export.onnx(model, tmp_path / "out")
+    model, folder = exported
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.enable_profiling, options.profile_file_prefix = (
         3,
@@ -176,7 +174,7 @@ def test_the_kernels_run_in_place_of_the_bodies(library, tmp_path):
     options.register_custom_ops_library(str(library))
     made = onnxruntime.InferenceSession(folder / "model.onnx", options)
     ours = OrtModel(made, model.config, model.generation_config, 32, True)
-    ids = torch.randint(2, 97, (1, 40))
+    ids = torch.randint(2, 97, (3, 40))
     ours(ids[:, :1], past_key_values=ours(ids).past_key_values)
     with open(made.end_profiling(), encoding="utf-8") as file:
         ran = Counter(event["args"]["op_name"] for event in json.load(file) if "op_name" in event.get("args", {}))

@@ -232,17 +232,6 @@ def test_an_interrupted_save_leaves_the_old_history_and_the_model(place, tmp_pat
     assert not hasattr(model.config, "quantization_config")
 
 
-def test_an_interrupted_export_leaves_no_folder(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    model = pruned()
-    before = history(model)
-    monkeypatch.setattr("pp_fx.export.to_onnx.write_configs", raises)
-    with pytest.raises(Interrupted):
-        pp_fx.export.onnx(model, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-    assert unchanged(model, before)
-
-
 # ------------------------------------------------------------------------------------------------ threads, processes
 
 

@@ -6,17 +6,10 @@ import pytest
 import torch
 from pp_fx.export import OrtModel
 
-import pp_fx
-
-from .conftest import tiny_llama
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
-    model = pp_fx.transform(tiny_llama(), config)
-    pp_fx.calibrate(model, torch.randint(2, 97, (2, 40)), progress=False)
-    return pp_fx.export.onnx(model, tmp_path_factory.mktemp("stateful") / "out")
+def folder(exported):
+    return exported[1]
 
 
 @pytest.fixture(scope="module")
