@@ -26,7 +26,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
-TESTS = ("test_transform", "test_cache", "test_reference", "test_saving", "test_export")
+TESTS = ("test_transform", "test_intact", "test_families", "test_cache", "test_reference", "test_saving", "test_export")
 OVERLAID = ("torch", "transformers", "onnxruntime")
 
 
