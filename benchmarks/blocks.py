@@ -21,12 +21,10 @@ import torch
 from report import bars, write_json
 from rich.console import Console
 from rich.table import Table
-from suite import processor
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 import pp_fx
 from pp_fx.bench import bench
-from pp_fx.cli import versions
 
 MODELS: dict[str, Any] = {
     "Llama-3.2-1B": lambda: LlamaConfig(hidden_size=2048, intermediate_size=8192, num_key_value_heads=8),
@@ -77,7 +75,7 @@ def main() -> None:
             table.add_row(name, f"{shape[0]} {shape[1]} x {shape[2]}", *cells)
             console.print(f"{name} {shape}: {found['ratio']:.3f}")
     console.print(table)
-    write_json(options.out.with_suffix(".json"), {"processor": processor(), "rows": rows, "versions": versions()})
+    write_json(options.out.with_suffix(".json"), {"rows": rows})
     labels = [
         f"{r['model']}, {r['settings']['phase']} {r['settings']['batch']} x {r['settings']['length']}" for r in rows
     ]

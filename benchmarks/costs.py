@@ -19,7 +19,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pp_fx
-from pp_fx.cli import versions
 from pp_fx.macs import state_bytes, weight_bytes
 from pp_fx.models import load
 
@@ -64,7 +63,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print({name: f"{seconds:.1f} s" for name, seconds in imports.items()})
-    write_json(options.out.with_suffix(".json"), {"imports": imports, "rows": rows, "versions": versions()})
+    write_json(options.out.with_suffix(".json"), {"imports": imports, "rows": rows})
 
 
 if __name__ == "__main__":

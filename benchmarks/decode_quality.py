@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 import pp_fx
-from pp_fx.cli import versions
 from pp_fx.evaluate import evaluate_decoding
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
@@ -27,7 +26,7 @@ PROMPT, SAME, CHANGED = 256, 64, 192
 
 def variants() -> dict[str, pp_fx.ProbePruningConfig]:
     config, paper = pp_fx.ProbePruningConfig, pp_fx.ProbePruningConfig.paper
-    guards = {f"default 40%, guard {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
+    guards = {f"default 40%, drift threshold {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
     return {
         "paper 20%": paper(0.2, 0.0, round_to=1),
         "paper 40%": paper(0.4, 0.0, round_to=1),
@@ -89,7 +88,7 @@ def main() -> None:
             cells.append(f"{row['ppl']:.2f}{extra}")
         table.add_row(label, *cells)
     console.print(table)
-    result = {"model": options.model, "prompts": options.prompts, "results": results, "versions": versions()}
+    result = {"model": options.model, "prompts": options.prompts, "results": results}
     write_json(options.out.with_suffix(".json"), result)
     series = {name: [rows[name]["ppl"] for rows in results.values()] for name in texts}
     title = f"{options.model}: decoding after {options.prompts} prompts x {PROMPT} tokens"

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pp_fx
 from pp_fx.bench import bench
-from pp_fx.cli import versions
 from pp_fx.kernels import gather_linear, gather_output
 
 PREFILL = ((20, 1024), (1, 2048))
@@ -108,7 +107,7 @@ def main() -> None:
     best = max((int(r["rows"]) for r in by_rows if r["in_place"] < r["copied"]), default=0)
     console.print(f"kernel_rows={best}", by_rows)
     device = torch.cuda.get_device_name()
-    result = {"device": device, "rows": rows, "crossover": by_rows, "kernel_rows": best, "versions": versions()}
+    result = {"device": device, "rows": rows, "crossover": by_rows, "kernel_rows": best}
     write_json(options.out.with_suffix(".json"), result)
     labels = [f"{r['settings']['phase']} {r['settings']['batch']}, heads {r['heads']:.0%}" for r in rows]
     ideals = [r.get("ideal_with_probe", r["ideal"]) for r in rows]

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 import pp_fx
-from pp_fx.cli import versions
 from pp_fx.evaluate import evaluate
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
@@ -51,7 +50,7 @@ def main() -> None:
         }
         for label, one in found.items()
     ]
-    write_json(options.out.with_suffix(".json"), {"dense": dense.to_dict(), "rows": rows, "versions": versions()})
+    write_json(options.out.with_suffix(".json"), {"dense": dense.to_dict(), "rows": rows})
     series = {"the text": "ppl_text", "Python's documentation": "ppl_docs"}
     bars(
         options.out.with_suffix(".png"),

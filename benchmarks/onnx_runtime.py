@@ -29,7 +29,6 @@ from transformers import AutoConfig
 
 import pp_fx
 import pp_fx.text
-from pp_fx.cli import versions
 from pp_fx.models import load
 
 LAST, BODIES = "pruned, last logits", "pruned, function bodies"
@@ -174,7 +173,7 @@ def main() -> None:
         "model": "smollm2, fp32, MLP 40%",
         "export": {"seconds": seconds, "peak_bytes": peak, "weights_bytes": weights},
         "rows": rows,
-        "versions": {**versions(), "onnxruntime": onnxruntime.__version__},
+        "versions": {"onnxruntime": onnxruntime.__version__},
     }
     write_json(options.out.with_suffix(".json"), result)
     labels = [f"{row['phase']}, {row['threads']} threads" for row in rows]

@@ -1,7 +1,7 @@
 """Perplexity of dense and pruned models by the standard protocol, with calibration in and out of domain.
 
 The first 20 x 512 tokens of the text as one batch, no BOS; calibration on 64 x 512 tokens of the calibration text or
-of Python's documentation.
+of Python's documentation. The rows in FRESH on the next 40 sequences, too, in batches of 20. The history is frozen.
 
     python benchmarks/perplexity.py --text test.txt --calibration valid.txt --out benchmarks/results/perplexity
 """
@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pp_fx
-from pp_fx.cli import versions
-from pp_fx.evaluate import evaluate
+from pp_fx.evaluate import Evaluation, evaluate
 from pp_fx.macs import count_macs
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
@@ -32,7 +31,10 @@ CONFIGS = {
     "paper preset, MLP 40%": pp_fx.ProbePruningConfig.paper(0.4, 0.0, round_to=1),
     "default, MLP 48.5% (total MACs of the next row)": pp_fx.ProbePruningConfig(mlp_ratio=0.485),
     "paper preset, MLP and attention 40%": pp_fx.ProbePruningConfig.paper(0.4, round_to=1),
+    "default, 3 of 9 heads": pp_fx.ProbePruningConfig(mlp_ratio=0.0, attention_ratio=0.37),
+    "paper preset, 3 of 9 heads": pp_fx.ProbePruningConfig.paper(0.0, 0.37),
 }
+FRESH = tuple(CONFIGS)[1:2] + tuple(CONFIGS)[3:6]
 
 
 def main() -> None:
@@ -45,20 +47,24 @@ def main() -> None:
     console = Console()
     model, tokenizer = load(options.model, torch.bfloat16)
     test = sequences(read(options.text), tokenizer, 20, 512)
+    fresh = sequences(read(options.text), tokenizer, 40, 512, skip=20)
     samples = {
         "in domain": sequences(read(options.calibration), tokenizer, 64, 512),
         "out of domain": sequences(read(PYTHON_DOCS), tokenizer, 64, 512),
     }
     dense = evaluate(model, test, 20, progress="dense")
     wide = evaluate(copy.deepcopy(model).float(), test, 20, progress="dense, fp32")
+    dense_fresh = evaluate(model, fresh, 20, progress="dense, fresh")
     rows: list[dict[str, Any]] = []
     for label, config in CONFIGS.items():
         row: dict[str, Any] = {"label": label, "config": config.to_dict()}
         for name, sample in samples.items():
             pp_fx.transform(model, config)
             pp_fx.calibrate(model, sample)
-            found = evaluate(model, test, 20, progress=f"{label}, {name}")
-            row[name] = {"ppl": found.ppl, "nll": found.nll, "nll_stderr_vs_dense": found.stderr_vs(dense)}
+            with pp_fx.history_frozen(model):
+                row[name] = _against(dense, evaluate(model, test, 20, progress=f"{label}, {name}"))
+                if label in FRESH:
+                    row[name]["fresh"] = _against(dense_fresh, evaluate(model, fresh, 20, progress="fresh"))
             macs = count_macs(model, *test.shape)
             row["macs"] = {
                 "pruned": macs.ideal,
@@ -71,9 +77,8 @@ def main() -> None:
         options.out.with_suffix(".json"),
         {
             "model": options.model,
-            "dense": {"bfloat16": dense.to_dict(), "float32": wide.to_dict()},
+            "dense": {"bfloat16": dense.to_dict(), "float32": wide.to_dict(), "fresh": dense_fresh.to_dict()},
             "rows": rows,
-            "versions": versions(),
         },
     )
     bars(
@@ -88,8 +93,17 @@ def main() -> None:
         table.add_column(column)
     for r in rows:
         share = " + ".join(f"{value:.1%}" for value in r["macs"].values())
-        table.add_row(r["label"], share, *(f"{r[n]['ppl']:.2f}" for n in samples))
+        table.add_row(r["label"], share, *(_cell(r[n]) for n in samples))
     console.print(table)
+
+
+def _against(dense: Evaluation, found: Evaluation) -> dict[str, Any]:
+    return {"ppl": found.ppl, "nll": found.nll, "nll_stderr_vs_dense": found.stderr_vs(dense)}
+
+
+def _cell(found: dict[str, Any]) -> str:
+    fresh = f" (fresh {found['fresh']['ppl']:.2f})" if "fresh" in found else ""
+    return f"{found['ppl']:.2f}{fresh}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,29 @@
-"""What the benchmarks share: JSON beside a plot."""
+"""What the benchmarks share: the machine's name, JSON, a plot of bars."""
 
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
+from pp_fx.cli import versions
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    flags = {"avx512_bf16", "amx_bf16", "avx512f"} & set(next(x for x in lines if x.startswith("flags")).split())
+    return next(x.split(":")[1].strip() for x in lines if x.startswith("model name")) + f" ({', '.join(sorted(flags))})"
+
 
 def write_json(file: Path, document: dict[str, Any]) -> None:
-    """Indented JSON, folders made."""
+    """Indented JSON with the processor and the versions that the figures depend on; folders made."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    document = {**document, "processor": processor(), "versions": {**versions(), **document.get("versions", {})}}
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import bars, write_json
+from report import bars, processor, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -58,16 +57,6 @@ def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return {"shape": shape, "processor": processor(), **json.loads(out.read_text(encoding="utf-8"))}
-
-
-def processor() -> str:
-    """Name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    flags = {"avx512_bf16", "amx_bf16", "avx512f"} & set(next(x for x in lines if x.startswith("flags")).split())
-    return next(x.split(":")[1].strip() for x in lines if x.startswith("model name")) + f" ({', '.join(sorted(flags))})"
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -223,7 +223,7 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
     directory: Annotated[Path, typer.Argument(help="Folder to write: model.onnx and everything around it.")],
     calibration: Annotated[
-        str, typer.Option(help=f"{_CALIBRATION}; a model saved with its pruning keeps its history.")
+        str, typer.Option(help=f"{_CALIBRATION}; none: no history. A model saved with its pruning keeps its own.")
     ] = PYTHON_DOCS,
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
@@ -242,7 +242,7 @@ def export_command(
     settings = _settings(preset, config, mlp_ratio, attention_ratio)
     if dtype not in ("float32", "float16"):
         raise InputError(f"dtype={dtype!r} is unknown; choose float32 or float16")
-    sample: str | None = read(calibration, "calibration")
+    sample = None if calibration == "none" else read(calibration, "calibration")
     loaded, tokenizer = load(model, torch.float32)
     if is_transformed(loaded):
         if (mlp_ratio, attention_ratio, preset, config) != (None, None, "default", None):
@@ -317,7 +317,7 @@ def compare_command(
     length: Length = 512,
     batch: Batch = 20,
     dtype: Dtype = "bfloat16",
-    round_to: Annotated[int, typer.Option(help="Kept MLP channels are rounded up to a multiple of it.")] = 16,
+    round_to: Annotated[int, typer.Option(help="Kept MLP channels are a multiple of it (paper's own: 64).")] = 16,
     time_batch: Annotated[int, typer.Option(help="Sequences of the timed forward passes; 0: no timing.")] = 4,
     json_file: Json = None,
     plot_file: Annotated[str | None, typer.Option("--plot", help="Write the plot as PNG to FILE.")] = None,

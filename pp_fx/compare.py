@@ -48,12 +48,13 @@ def compare(
         batch: sequences per forward pass; one selection is made per batch.
         time_batch: sequences of the timed forward passes; 0: time is not measured.
         repeats: timed forward passes of each side.
-        changes: fields of ProbePruningConfig that hold for all methods, for example `{"round_to": 1}`.
+        changes: fields of ProbePruningConfig that hold for all methods, for example `{"round_to": 1}`. Without them
+            the rounding is the default's for all, not the 64 of `ProbePruningConfig.paper()`.
         progress: show progress bars on stderr.
 
     Returns:
-        `dense` (ppl, nll, seconds) and `rows`, each with `method`, `ratio`, `ppl`, `nll`, `nll_above_dense` and its
-        paired standard error over the sequences, `macs` (shares of dense: kept, probe, compensation, total),
+        `settings`, `dense` (ppl, nll, seconds) and `rows`, each with `method`, `ratio`, `ppl`, `nll`,
+        `nll_above_dense` and its paired standard error over the sequences, `macs` (shares of dense: kept, probe, compensation, total),
         `time_ratio` (pruned / dense, medians of interleaved runs) and `prr`: perplexity lost per share of time saved
         (arXiv 2502.15618, section 4), None where no time is saved.
 
@@ -94,7 +95,9 @@ def compare(
         finally:
             restore(model)
         rows.append({"method": name, "ratio": ratio, **_row(found, dense, time_ratio), "macs": _shares(macs)})
-    return {"dense": dense.to_dict(), "rows": rows}
+    shapes = {"sequences": list(ids.shape), "calibration": list(calibration.shape)}
+    given = {"batch": batch, "attention_ratio": attention_ratio, "time_batch": time_batch, "repeats": repeats}
+    return {"settings": {**shapes, **given, "changes": changes or {}}, "dense": dense.to_dict(), "rows": rows}
 
 
 def _row(found: Evaluation, dense: Evaluation, time_ratio: float | None) -> dict[str, Any]:

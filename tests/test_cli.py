@@ -151,9 +151,7 @@ def test_import_stays_lean():
 def test_export_writes_a_folder_that_generates(folder, tmp_path):
     from pp_fx.export import OrtModel
 
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
-    result = run("export", folder, str(tmp_path / "out"), "--calibration", str(text), "--mlp-ratio", "0.3",
+    result = run("export", folder, str(tmp_path / "out"), "--calibration", "none", "--mlp-ratio", "0.3",
                  "--json", "-")  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -163,6 +161,7 @@ def test_export_writes_a_folder_that_generates(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = tokenizer("the quick", return_tensors="pt").input_ids
     assert OrtModel.from_pretrained(tmp_path / "out").generate(inputs, max_new_tokens=3).shape[1] <= inputs.shape[1] + 3
+    assert not json.loads((tmp_path / "out" / "pp_fx.json").read_text())["calibrated"]
     again = run("export", folder, str(tmp_path / "out"), "--mlp-ratio", "0.3")
     assert isinstance(again.exception, PpFxError)
     assert "not empty" in str(again.exception)

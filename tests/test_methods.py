@@ -182,6 +182,8 @@ def test_compare_gives_what_evaluate_gives(llama, ids):
     assert [r["method"] for r in found["rows"]] == ["default", "flap"]
     pp_fx.transform(llama, METHODS["default"].config(0.3, skip_layers=1, round_to=1))
     pp_fx.calibrate(llama, ids.flip(1), progress=False)
+    assert found["settings"]["calibration"] == list(ids.shape)
+    assert found["settings"]["changes"] == {"skip_layers": 1, "round_to": 1}
     row = found["rows"][0]
     assert row["nll"] == pytest.approx(evaluate(llama, ids, 3).nll, abs=1e-6)
     assert row["time_ratio"] > 0

@@ -14,7 +14,7 @@ _OPTIONS = {
     "--attention-ratio": "share of query heads dropped (default 0)",
     "--preset": "default or paper",
     "--config": "JSON file of a ProbePruningConfig",
-    "--calibration": "UTF-8 file of sample text",
+    "--calibration": "UTF-8 file of sample text, or none",
     "--dtype": "float32 or float16",
     "--opset": "ONNX opset, 23 or 24",
     "--json": "write the comparison with torch to this file",
