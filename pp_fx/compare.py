@@ -54,9 +54,9 @@ def compare(
 
     Returns:
         `settings`, `dense` (ppl, nll, seconds) and `rows`, each with `method`, `ratio`, `ppl`, `nll`,
-        `nll_above_dense` and its paired standard error over the sequences, `macs` (shares of dense: kept, probe, compensation, total),
-        `time_ratio` (pruned / dense, medians of interleaved runs) and `prr`: perplexity lost per share of time saved
-        (arXiv 2502.15618, section 4), None where no time is saved.
+        `nll_above_dense` and its paired standard error over the sequences, `macs` (shares of dense: kept, probe,
+        compensation, total), `time_ratio` (pruned / dense, medians of interleaved runs) and `prr`: perplexity lost per
+        share of time saved (arXiv 2502.15618, section 4), None where no time is saved.
 
     Raises:
         InputError: an unknown method or invalid numbers; token ids that cannot be used.
