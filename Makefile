@@ -53,6 +53,7 @@ mutations: $(READY)
 # All of it, and other versions of torch, transformers and onnxruntime: what docs/reliability.md reports.
 reliability: soak mutations
 	$(BIN)/python reliability/artifacts.py
+	$(BIN)/python reliability/sanitize.py
 	$(BIN)/python reliability/versions.py
 	$(BIN)/python reliability/table.py
 

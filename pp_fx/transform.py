@@ -109,7 +109,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         if hasattr(model, SAVE):
             model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
         holder.register_forward_pre_hook(check_call, with_kwargs=True)
-        model.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
+        for module in dict.fromkeys((model, holder)):
+            module.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
         _undo(model, [layer for layer in done if isinstance(layer, ProbePrunedLayer)])
         raise
@@ -185,7 +186,7 @@ def _save_pretrained(model: nn.Module, save_directory: Any, **kwargs: Any) -> No
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The rewritten layers do not call the attention modules, whose outputs transformers would collect."""
     asked = kwargs.get("output_attentions")
-    if asked or (asked is None and getattr(model.config, "output_attentions", False)):
+    if asked or (asked is None and getattr(getattr(model, "config", None), "output_attentions", False)):
         raise StateError(
             "output_attentions=True cannot be served by a transformed model; leave it out or call pp_fx.restore(model)"
         )

@@ -101,6 +101,17 @@ def mutations(found: dict[str, bool]) -> str:
 {rows(["fault", "caught"], lines)}"""
 
 
+def sanitize(found: dict[str, Any]) -> str:
+    line = [found["draws"], found["right"], found["refused"], found.get("wrong", 0), found["reports"]]
+    return f"""## Native kernels under sanitizers
+
+`python reliability/sanitize.py`: random shapes (also such that do not fit), types and values through the compiled
+onnxruntime kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer. A library with a deliberate read
+beyond the end was reported in the same run.
+
+{rows(["calls", "right", "refused", "wrong", "reports"], [line])}"""
+
+
 def versions(found: list[dict[str, Any]]) -> str:
     lines = []
     for job in found:
@@ -118,7 +129,7 @@ with those of `constraints.txt`. Older ones than pp_fx needs are refused at impo
 
 def main() -> None:
     sections = [_HEAD, _PROMISES]
-    for section in (campaign, soak, artifacts, mutations, versions):
+    for section in (campaign, soak, artifacts, sanitize, mutations, versions):
         found = read(section.__name__)
         if found is not None:
             sections.append(section(found))

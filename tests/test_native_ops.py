@@ -41,7 +41,7 @@ def library(tmp_path_factory):
     patch.undo()
 
 
-def session(op, inputs, dtype, library):
+def session(op, inputs, dtype, library, **settings_of_session):
     """A file with one operator and its body, dynamic in every dimension."""
     kind = TYPES[dtype]
     names = [f"i{n}" for n in range(inputs)]
@@ -57,6 +57,8 @@ def session(op, inputs, dtype, library):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
+    for name, value in settings_of_session.items():
+        setattr(options, name, value)
     if library is not None:
         options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(model.SerializeToString(), options)

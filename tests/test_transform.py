@@ -204,6 +204,8 @@ def test_attention_weights_cannot_be_had_and_say_so(ids):
     pp_fx.transform(model, PRUNED)
     with pytest.raises(errors.StateError, match=r"output_attentions=True.*pp_fx\.restore"):
         logits(model, ids, output_attentions=True)
+    with pytest.raises(errors.StateError, match="output_attentions=True"):
+        model.base_model(ids, output_attentions=True)
     pp_fx.restore(model)
     assert len(model(ids, output_attentions=True).attentions) == 3
 
