@@ -123,17 +123,23 @@ def _last(done: subprocess.CompletedProcess) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", action="store_true", help="also the jobs that download another torch")
+    parser.add_argument("--only", default="", help="only jobs with this in their name; the others' results stay")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = []
+    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+    results = {result["asked"]: result for result in known}
     for job in JOBS:
+        name = _asked(job)
+        if options.only not in name:
+            continue
         if "torch" in job.pins and not options.torch:
-            found.append({"asked": _asked(job), "result": "not run", "reason": "needs --torch (a large download)"})
+            results[name] = {"asked": name, "result": "not run", "reason": "needs --torch (a large download)"}
         else:
-            found.append(perform(job))
-        Console().print(found[-1])
+            results[name] = perform(job)
+        Console().print(results[name])
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        ordered = [results[_asked(job)] for job in JOBS if _asked(job) in results]
+        options.out.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
