@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
+    parser.add_argument("--only", default="", help="only rows with this in their label; the file's other rows stay")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/perplexity"))
     options = parser.parse_args()
     console = Console()
@@ -55,8 +57,12 @@ def main() -> None:
     dense = evaluate(model, test, 20, progress="dense")
     wide = evaluate(copy.deepcopy(model).float(), test, 20, progress="dense, fp32")
     dense_fresh = evaluate(model, fresh, 20, progress="dense, fresh")
-    rows: list[dict[str, Any]] = []
+    file = options.out.with_suffix(".json")
+    known = json.loads(file.read_text(encoding="utf-8"))["rows"] if options.only and file.exists() else []
+    found = {row["label"]: row for row in known}
     for label, config in CONFIGS.items():
+        if options.only not in label:
+            continue
         row: dict[str, Any] = {"label": label, "config": config.to_dict()}
         for name, sample in samples.items():
             pp_fx.transform(model, config)
@@ -72,9 +78,10 @@ def main() -> None:
                 "compensation": macs.compensation / macs.dense,
             }
             pp_fx.restore(model)
-        rows.append(row)
+        found[label] = row
+    rows = [found[label] for label in CONFIGS if label in found]
     write_json(
-        options.out.with_suffix(".json"),
+        file,
         {
             "model": options.model,
             "dense": {"bfloat16": dense.to_dict(), "float32": wide.to_dict(), "fresh": dense_fresh.to_dict()},
