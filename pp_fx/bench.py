@@ -108,8 +108,8 @@ def bench(
             (`new_tokens` greedy steps after the prompts; DynamicCache, StaticCache when compiled).
         new_tokens: decode steps.
         compiled: torch.compile the blocks, `fullgraph=True`.
-        freezing: compile all sides with Inductor's `freezing`, which packs the weights for the CPU: at few rows the
-            fastest dense model there is. Weights must not change afterwards.
+        freezing: compile all sides with Inductor's `freezing`, which packs the weights for the CPU: on some processors
+            the fastest dense model at few rows. Weights must not change afterwards.
         repeats: timed calls of each side (prefill).
         threads: torch.set_num_threads, put back afterwards.
         progress: wraps the loop, for example rich.progress.track.
