@@ -44,7 +44,8 @@ _FOUND = """## What these runs and hostile reviews found, mended since
 - Gradient checkpointing, which runs a layer twice, selected twice and gave wrong gradients: refused where the history
   learns.
 - `generate_batch` selected at every step; a cache could be carried over to a copy with other weights: both refused.
-- `calibrate` under the guard left small batches out; an exported model learnt from prompts that were too short to probe.
+- `calibrate` under the guard left small batches out.
+- An exported model learnt from prompts that were too short to probe.
 - `from_pretrained` of a revision, or with `cache_dir` or `subfolder`, did not find the history.
 
 Each has a test.
