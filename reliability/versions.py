@@ -116,7 +116,7 @@ def _asked(job: Job) -> str:
 
 
 def _last(done: subprocess.CompletedProcess) -> str:
-    lines = (done.stderr or done.stdout).strip().splitlines()
+    lines = [x for x in (done.stderr or done.stdout).strip().splitlines() if "for help visit" not in x]
     return lines[-1][:200] if lines else f"exit status {done.returncode}"
 
 
