@@ -26,13 +26,13 @@ PROMPT, SAME, CHANGED = 256, 64, 192
 
 def variants() -> dict[str, pp_fx.ProbePruningConfig]:
     config, paper = pp_fx.ProbePruningConfig, pp_fx.ProbePruningConfig.paper
-    guards = {f"default 40%, drift threshold {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
+    thresholds = {f"default 40%, drift threshold {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
     return {
         "paper 20%": paper(0.2, 0.0, round_to=1),
         "paper 40%": paper(0.4, 0.0, round_to=1),
         "default 20%": config(mlp_ratio=0.2),
         "default 40%": config(),
-        **guards,
+        **thresholds,
         "default 40%, decode=probe": config(decode="probe"),
         "default 40%, decode=probe, every token": config(decode="probe", reprobe_every=1),
         "default 40%, decode=dense": config(decode="dense"),

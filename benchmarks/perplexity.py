@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import bars, write_json
+from report import bars, processor, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -59,11 +59,11 @@ def main() -> None:
     dense_fresh = evaluate(model, fresh, 20, progress="dense, fresh")
     file = options.out.with_suffix(".json")
     known = json.loads(file.read_text(encoding="utf-8"))["rows"] if options.only and file.exists() else []
-    found = {row["label"]: row for row in known}
+    found = {row["label"]: {"processor": "not recorded", **row} for row in known}
     for label, config in CONFIGS.items():
         if options.only not in label:
             continue
-        row: dict[str, Any] = {"label": label, "config": config.to_dict()}
+        row: dict[str, Any] = {"label": label, "config": config.to_dict(), "processor": processor()}
         for name, sample in samples.items():
             pp_fx.transform(model, config)
             pp_fx.calibrate(model, sample)
