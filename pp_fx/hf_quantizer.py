@@ -110,8 +110,8 @@ def _history_path(config: Any, folder: Path | None) -> Path | str | None:
     if folder is not None and Path(folder, HISTORY).is_file():
         return folder / HISTORY
     where: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
-    if folder is not None and "snapshots" in folder.parts:  # CACHE/models--NAME/snapshots/COMMIT/SUBFOLDER
-        at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
+    if folder is not None and "snapshots" in folder.parts[:-1]:  # CACHE/models--NAME/snapshots/COMMIT/SUBFOLDER
+        at = len(folder.parts) - 2 - folder.parts[-2::-1].index("snapshots")
         cache, commit, inner = folder.parts[: at - 1], folder.parts[at + 1], folder.parts[at + 2 :]
         where = {"cache_dir": Path(*cache), "revision": commit, "subfolder": "/".join(inner)}
     return cached_file(config._name_or_path, HISTORY, _raise_exceptions_for_missing_entries=False, **where)

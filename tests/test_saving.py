@@ -155,6 +155,13 @@ def test_a_revision_of_a_hub_repository(tmp_path, ids, monkeypatch, subfolder, b
     assert asked == ([] if beside else [expected])
 
 
+def test_a_folder_named_like_the_hubs_without_its_history_is_refused(tmp_path):
+    pruned().save_pretrained(tmp_path / "snapshots")
+    (tmp_path / "snapshots" / HISTORY).unlink()
+    with pytest.raises(StateError, match=f"has no {HISTORY}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "snapshots")
+
+
 def test_the_model_is_left_as_it_was(tmp_path, ids):
     model = pruned()
     before = logits(model, ids)[0]
