@@ -21,6 +21,8 @@ from report import bars, processor, write_json
 from rich.console import Console
 from rich.progress import track
 
+from pp_fx import ProbePruningConfig
+
 DECODE = {"phase": "decode", "length": 128, "new_tokens": 48, "attention": "eager"}
 SHAPES: list[dict[str, Any]] = [
     {"phase": "prefill", "batch": 64, "length": 32, "attention": "eager"},
@@ -29,9 +31,11 @@ SHAPES: list[dict[str, Any]] = [
     {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa"},
     {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa", "compile": False},
     {"phase": "prefill", "batch": 1, "length": 512, "attention": "sdpa"},
+    {"phase": "prefill", "batch": 4, "length": 512, "attention": "sdpa", "compensation": False},
     *(
-        {"phase": "prefill", "batch": b, "length": t, "attention": core, "repeats": 5, "attention_ratio": 0.4}
+        {"phase": "prefill", "batch": b, "length": t, "attention": core, "repeats": 5, "attention_ratio": 0.4, **more}
         for b, t, core in ((1, 512, "sdpa"), (4, 256, "eager"), (20, 512, "sdpa"))
+        for more in ({}, {"compensation": False})
     ),
     *(
         {"phase": "prefill", "batch": 1, "length": t, "attention": "eager", "guard": guard}
@@ -45,18 +49,24 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def run(model: str, shape: dict[str, Any]) -> dict[str, Any]:
+def run(model: str, given: dict[str, Any]) -> dict[str, Any]:
     """`pp-fx bench` in a process of its own; a shape's keys are its options."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         options = ["--json", str(out)]
-        for key, value in {"compile": True, **shape}.items():
+        shape = {"compile": True, **given}
+        if not shape.pop("compensation", True):  # no option of the command: a configuration of its own
+            settings = {"mlp_compensation": None, "attention_compensation": None}
+            config = ProbePruningConfig(0.4, shape.pop("attention_ratio", 0.0), **settings)
+            shape["config"] = Path(folder, "config.json")
+            shape["config"].write_text(config.to_json(), encoding="utf-8")
+        for key, value in shape.items():
             name = "--" + key.replace("_", "-")
             if value is not False:
                 options += [name] if value is True else [name, str(value)]
         command = [sys.executable, "-m", "pp_fx.cli", "bench", model, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return {"shape": shape, "processor": processor(), **json.loads(out.read_text(encoding="utf-8"))}
+        return {"shape": given, "processor": processor(), **json.loads(out.read_text(encoding="utf-8"))}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -86,6 +96,7 @@ def label(result: dict[str, Any]) -> str:
         "both frozen" if settings["freezing"] else "",
         "heads too" if "attention_ratio" in shape else "",
         "guard" if result["config"]["guard"] else "",
+        "" if shape.get("compensation", True) else "no compensation",
     ]
     parts = [f"{settings['phase']}, {settings['batch']} x {settings['length']}", *(mark for mark in marks if mark)]
     return ", ".join(parts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block import output_weight
-from ..cache import Selection
+from ..cache import CompactLinear, Selection
 from ..exported import LAYER
 from ..transform import layers_of
 
@@ -100,10 +100,10 @@ class Port:
         assert selection.output is not None
         found = {"kept": selection.kept}
         for (label, _), (linear, _) in zip(self.inputs, selection.inputs or [], strict=True):
-            found[label] = self._units(linear[0])
-            if linear[1] is not None:
-                found[f"{label}_bias"] = linear[1]
-        weight, bias = selection.output
+            found[label] = self._units(linear.weight)
+            if linear.bias is not None:
+                found[f"{label}_bias"] = linear.bias
+        weight, bias = selection.output.weight, selection.output.bias
         found["output"] = self._units(weight.t())
         found["output_bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return found
@@ -116,8 +116,8 @@ class Port:
         selection.inputs = []
         for label, _ in self.inputs:
             weight = self._rows(compact[label])
-            selection.inputs.append(((weight, compact.get(f"{label}_bias")), [weight.shape[0]]))
-        selection.output = self._rows(compact["output"]).t(), compact["output_bias"]
+            selection.inputs.append((CompactLinear(weight, compact.get(f"{label}_bias")), [weight.shape[0]]))
+        selection.output = CompactLinear(self._rows(compact["output"]).t(), compact["output_bias"])
         return selection
 
     def _units(self, rows: Tensor) -> Tensor:

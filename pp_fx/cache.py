@@ -9,7 +9,7 @@ The selection lives on the cache object, never on the module, so that interleave
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,16 @@ from .compensation import Compensation
 
 Linear = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
+
+
+class CompactLinear(NamedTuple):
+    """A linear layer over kept units: weight [out, in], which only `pp_fx.compact` can read where it is `packed`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: bool = False
+
+
 _ATTRIBUTE = "pp_fx_selections"
 
 
@@ -47,8 +57,8 @@ class Selection:
         self.former: tuple[Tensor, Selection] | None = None
         self.in_place = False
         self.compacts = False
-        self.inputs: list[tuple[Linear, list[int]]] | None = None
-        self.output: Linear | None = None
+        self.inputs: list[tuple[CompactLinear, list[int]]] | None = None
+        self.output: CompactLinear | None = None
         self.window: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
@@ -108,5 +118,5 @@ def compact_bytes(cache: Any) -> int:
         return 0
     held = [s for groups in found.layers.values() for s in groups.values()]
     pairs = [pair for s in held for pair in (*(linear for linear, _ in s.inputs or ()), s.output)]
-    tensors = [t for pair in pairs if pair is not None for t in pair if t is not None]
+    tensors = [t for pair in pairs if pair is not None for t in pair if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)

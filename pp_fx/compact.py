@@ -1,10 +1,11 @@
-"""Compact weights of decoding: the layout in which few rows read them fastest, and the products with them.
+"""Compact weights of decoding: how they lie in memory, and the products with them.
 
-Decoding waits for memory, so what counts is how fast one pass over the weights goes. Measured on CPUs
-(`benchmarks/suite.py --phase decode`): a linear layer in fp32 reads [in, out] up to a third faster than [out, in]; one
-in bf16 reads [out, in] up to a third faster. One row in bf16 as plain sums of products, which torch.compile turns into
-one loop over the weight, took two thirds of the time of the library's product on an AMD EPYC, and the same on an Intel
-Xeon; for more rows the library is as fast or faster.
+Decoding waits for memory, so what counts is how fast one pass over the weights goes. On a CPU oneDNN reads weights of
+its own blocked layout up to twice as fast as rows, and packing them costs about three products, once for a generation;
+Inductor's `freezing` does the same to weights that never change. Elsewhere the rows lie one after the other.
+
+The packed weight is an opaque tensor: `torch.compile` passes it from call to call as any other, but only operators of
+our own can make and read it.
 """
 
 from __future__ import annotations
@@ -12,41 +13,73 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .cache import Linear
+from .cache import CompactLinear
 
-
-def store_inputs(weight: Tensor) -> Tensor:
-    """Stacked input projections [out, H], in memory as decode steps read them."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return weight.t().contiguous().t()
-    return weight
+_library = torch.library.Library("pp_fx", "FRAGMENT")
+_library.define("pack(Tensor weight) -> Tensor")
+_library.define("unpack(Tensor packed) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor packed) -> Tensor")
 
 
-def store_output(columns: Tensor) -> Tensor:
-    """Kept columns [kept, H] of an output projection as a weight [H, kept]."""
-    return columns.t().contiguous()
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def compact_linear(x: Tensor, linear: Linear) -> Tensor:
+def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+
+
+def _opaque(weight: Tensor) -> Tensor:
+    return weight.new_empty_strided(weight.shape, (1, 0))  # the strides that opaque tensors give when they are asked
+
+
+for _name, _kernel, _shape in (
+    ("pack", _pack, _opaque),
+    ("unpack", lambda packed: packed.to_dense(), lambda packed: packed.new_empty(packed.shape)),
+    ("packed_linear", _packed_linear, lambda x, packed: x.new_empty((*x.shape[:-1], packed.shape[0]))),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _shape, "Meta")
+
+
+def _packed_dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN multiplies on this processor by itself."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return frozenset()
+    halves = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset({torch.float32, *(dtype for dtype, supported in halves.items() if supported)})
+
+
+PACKED_DTYPES = _packed_dtypes()
+
+
+def store(weight: Tensor, bias: Tensor | None) -> CompactLinear:
+    """A linear layer [out, in] as decode steps read it: packed where this processor can, in rows elsewhere."""
+    if torch.compiler.is_exporting():
+        return CompactLinear(weight, bias)  # the graph's runtime has a layout of its own
+    if weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and not _plain(weight):
+        return CompactLinear(torch.ops.pp_fx.pack(weight), bias, True)
+    return CompactLinear(weight.contiguous(), bias)
+
+
+def rows_of(linear: CompactLinear) -> Tensor:
+    """The weight [out, in] in rows."""
+    return torch.ops.pp_fx.unpack(linear.weight) if linear.packed else linear.weight
+
+
+def compact_linear(x: Tensor, linear: CompactLinear) -> Tensor:
     """x [B, T, in] through a compact weight [out, in]: [B, T, out] in x's dtype."""
-    weight, bias = linear
-    out = _sums(x, weight) if _one_row(x, weight) else F.linear(x, weight)
-    return out if bias is None else out + bias  # for one row cheaper than a bias inside the product
+    if linear.packed and not _plain(x):
+        out = torch.ops.pp_fx.packed_linear(x, linear.weight)
+    else:
+        out = F.linear(x, rows_of(linear))
+    return out if linear.bias is None else out + linear.bias  # for few rows cheaper than a bias inside the product
 
 
-def _one_row(x: Tensor, weight: Tensor) -> bool:
-    """Whether to write the product out: a compiled decode step of one sequence on a CPU, in half precision."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    # a batch size that the compiler keeps open is not narrowed down for this
-    one = statically_known_true(x.shape[0] * x.shape[1] == 1)
-    return one and x.device.type == "cpu" and weight.dtype != torch.float32
-
-
-def _sums(x: Tensor, weight: Tensor) -> Tensor:
-    """[1, 1, in] -> [1, 1, out], summed in fp32."""
-    # a strided view has to lie in memory: else the compiler computes what x comes from anew for every row of the weight
-    row = torch.as_strided(x, x.shape[-1:], x.stride()[-1:])
-    return (row.float() * weight.float()).sum(-1).to(x.dtype).view(1, 1, -1)
+def _plain(tensor: Tensor) -> bool:
+    """Whether gradients or autocast ask for torch's own product."""
+    return (torch.is_grad_enabled() and tensor.requires_grad) or torch.is_autocast_enabled("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels
 from .cache import Linear, Selection
-from .compact import compact_linear, store_inputs, store_output
+from .compact import compact_linear, store
 from .compensation import Compensation
 
 Rows = tuple[int, int, int] | Tensor | None
@@ -67,10 +67,9 @@ def gather_rows(
     if not selection.compacts:
         return tuple(F.linear(x, w, b) for w, b in linears)
     if torch.compiler.is_exporting():  # the compact weights leave the graph as they were gathered
-        selection.inputs = [(linear, [linear[0].shape[0]]) for linear in linears[:pruned]]
+        selection.inputs = [(store(*linear), [linear[0].shape[0]]) for linear in linears[:pruned]]
         return tuple(F.linear(x, w, b) for w, b in linears)
-    sizes, (weight, bias) = [w.shape[0] for w, _ in linears], _stack(linears)
-    inputs = store_inputs(weight), bias
+    sizes, inputs = [w.shape[0] for w, _ in linears], store(*_stack(linears))
     selection.inputs = [(inputs, sizes)]
     return compact_linear(x, inputs).split(sizes, -1)
 
@@ -113,7 +112,7 @@ def gather_columns(
         if not selection.compacts:
             return _compensated(selection, z, weight, bias, compensation)
         kept = _corrected(_kept_columns(weight, selection.columns), compensation)
-        selection.output = kept.t() if torch.compiler.is_exporting() else store_output(kept), bias
+        selection.output = store(kept.t(), bias)
         if compensation is not None:  # the compact weights have the correction now
             selection.compensation = Compensation(compensation.vector, None)
     return compact_linear(z, selection.output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .cache import Selection
+from .compact import rows_of
 from .compensation import COMPENSATIONS, Compensation, Known, least_squares_or_mean
 from .errors import StateError
 from .gather import gather_rows, whole_rows
@@ -217,7 +218,7 @@ def _held(selection: Selection, weight: Tensor) -> Compensation | None:
     if selection.output is None or selection.compensation is None:
         return selection.compensation
     kept = weight.t().index_select(0, selection.columns)
-    return Compensation(selection.compensation.vector, (selection.output[0].t() - kept,))
+    return Compensation(selection.compensation.vector, (rows_of(selection.output).t() - kept,))
 
 
 def _choose(changed: Tensor, new: Compensation, old: Compensation | None) -> Compensation:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import pp_fx
 from pp_fx.cache import compact_bytes, forget, selections_on
+from pp_fx.compact import rows_of
 from pp_fx.errors import StateError
 
 from .conftest import tiny_llama
@@ -151,8 +152,8 @@ def test_a_deep_copy_shares_the_weights_and_goes_its_own_way(model, ids):
     call(model, ids, cache)
     call(model, ids[:, :1], cache)
     copied = copy.deepcopy(cache)
-    ours, theirs = (selections_on(c).layers[2]["mlp"].inputs[0][0][0] for c in (cache, copied))
-    assert ours.data_ptr() == theirs.data_ptr()
+    ours, theirs = (selections_on(c).layers[2]["mlp"].inputs[0][0].weight for c in (cache, copied))
+    assert ours is theirs
     before = kept(cache)
     assert torch.equal(call(model, ids[:, 5:6], copied), call(model, ids[:, 5:6], cache))
     call(model, other(ids), copied)
@@ -187,15 +188,15 @@ def test_loading_weights_voids_selections(model, ids):
     cache = make("dynamic", model)
     call(model, ids, cache)
     call(model, ids[:, :1], cache)
-    weights = selections_on(cache).layers[2]["mlp"].inputs[0][0][0]
+    weights = rows_of(selections_on(cache).layers[2]["mlp"].inputs[0][0])
     model.load_state_dict(tiny_llama(seed=9).state_dict())
     call(model, ids[:, :1], cache)
     call(model, ids[:, :1], cache)
     fresh = selections_on(cache).layers[2]["mlp"]
-    assert not torch.equal(fresh.inputs[0][0][0], weights)
+    assert not torch.equal(rows_of(fresh.inputs[0][0]), weights)
     mlp = model.model.layers[2].mlp
     rows = torch.cat([w[fresh.columns] for w in (mlp.gate_proj.weight, mlp.up_proj.weight)])
-    assert torch.equal(fresh.inputs[0][0][0], rows)
+    assert torch.equal(rows_of(fresh.inputs[0][0]), rows)
 
 
 def decode(model, ids, steps=3):
