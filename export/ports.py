@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..block import output_weight
-from ..cache import CompactLinear, Selection
+from ..cache import Selection
+from ..compact import CompactLinear
 from ..exported import LAYER
 from ..transform import layers_of
 

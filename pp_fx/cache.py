@@ -9,23 +9,12 @@ The selection lives on the cache object, never on the module, so that interleave
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from .compact import CompactLinear
 from .compensation import Compensation
-
-Linear = tuple[Tensor, Tensor | None]
-"""Weight and bias of a linear layer."""
-
-
-class CompactLinear(NamedTuple):
-    """A linear layer over kept units: weight [out, in], which only `pp_fx.compact` can read where it is `packed`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    packed: bool = False
-
 
 _ATTRIBUTE = "pp_fx_selections"
 

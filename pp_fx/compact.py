@@ -10,11 +10,12 @@ our own can make and read it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .cache import CompactLinear
 
 _library = torch.library.Library("pp_fx", "FRAGMENT")
 _library.define("pack(Tensor weight) -> Tensor")
@@ -55,6 +56,18 @@ def _packed_dtypes() -> frozenset[torch.dtype]:
 
 
 PACKED_DTYPES = _packed_dtypes()
+
+
+class CompactLinear(NamedTuple):
+    """A linear layer over kept units: weight [out, in], opaque where it is `packed`, and bias [out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: bool = False
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
+        """Rows go into a pickle: another machine packs them in its own way."""
+        return store, (rows_of(self), self.bias)
 
 
 def store(weight: Tensor, bias: Tensor | None) -> CompactLinear:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .cache import Linear, Selection
+from .cache import Selection
 from .compact import compact_linear, store
 from .compensation import Compensation
 
+Linear = tuple[Tensor, Tensor | None]
+"""Weight and bias of a linear layer."""
 Rows = tuple[int, int, int] | Tensor | None
 """Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
 

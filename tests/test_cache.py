@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -159,6 +160,14 @@ def test_a_deep_copy_shares_the_weights_and_goes_its_own_way(model, ids):
     call(model, other(ids), copied)
     assert same(kept(cache), before)
     assert not same(kept(copied), before)
+
+
+def test_a_cache_goes_through_a_pickle(model, ids):
+    cache = make("dynamic", model)
+    call(model, ids, cache)
+    call(model, ids[:, :1], cache)
+    copied = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(call(model, ids[:, 5:6], copied), call(model, ids[:, 5:6], cache))
 
 
 def test_the_cache_of_another_model_or_transform_is_refused(model, ids):

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pp_fx import compact
-from pp_fx.cache import CompactLinear
-from pp_fx.compact import PACKED_DTYPES, compact_linear, rows_of, store
+from pp_fx.compact import PACKED_DTYPES, CompactLinear, compact_linear, rows_of, store
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 packs = pytest.mark.skipif(torch.float32 not in PACKED_DTYPES, reason="no oneDNN")
