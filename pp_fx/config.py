@@ -128,7 +128,7 @@ class ProbePruningConfig:
         compensation_rows: probe rows, at most, that "least_squares" and the "joint" head score read.
         compensation_ridge: share of the mean variance of the kept channels that "least_squares" adds to each of them.
         compensation_min_tokens: a selection for fewer tokens (B x T) takes "mean" in place of "least_squares", whose
-            cost does not fall with the number of tokens.
+            cost does not fall with the number of tokens: there a smaller ratio buys more quality for the same time.
         min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
             selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
             (a probe would cost more than its share), else by its probe.
@@ -172,7 +172,7 @@ class ProbePruningConfig:
     compensation_rank: int = 64
     compensation_rows: int = 256
     compensation_ridge: float = 0.1
-    compensation_min_tokens: int = 512
+    compensation_min_tokens: int = 2048
     min_select_tokens: int = 32
     decode: str = "sticky"
     reprobe_every: int = 32
