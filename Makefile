@@ -17,9 +17,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/pp-fx demo
 
-# Two processes of one thread each; the runners of examples/javascript are skipped where there is no npm.
+# Two processes of one thread each, files in order (by default those of few tests come last, the longest among them);
+# the runners of examples/javascript are skipped where there is no npm.
 test: $(READY) $(if $(shell command -v npm),$(NODE))
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 $(NODE): examples/javascript/package.json
 	-cd examples/javascript && npm install --ignore-scripts --no-audit --no-fund && touch node_modules/.ready
