@@ -101,7 +101,7 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     if weight.dtype == dtype and kernels.large(weight.t(), known.dropped):
         products = kernels.gather_output(rows, weight.t(), known.dropped).float()
     else:
-        products = (rows @ weight.t().index_select(0, known.dropped).to(dtype)).float()
+        products = (rows @ kernels.kept_rows(weight.t(), known.dropped).to(dtype)).float()
     # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)

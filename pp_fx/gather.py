@@ -103,7 +103,6 @@ def gather_columns(
 ) -> Tensor:
     """Output projection of the kept units: z [B, T, kept columns], weight [H, C] -> [B, T, H].
 
-    The weight of a pruned group is stored transposed in memory, so its columns are contiguous rows there.
     The compensation's vector is added like a bias, its correction to the kept columns.
     """
     if selection is None:
@@ -123,28 +122,35 @@ def gather_columns(
 def _compensated(
     selection: Selection, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Compensation | None
 ) -> Tensor:
-    """A prompt's output projection; a correction of low rank goes to the rows of z where those are fewer."""
+    """A prompt's output projection; a correction of low rank goes to the rows of z where that is less work."""
     rows, (hidden, kept) = z.flatten(0, -2), (weight.shape[0], selection.columns.shape[0])
     factors = None if compensation is None else compensation.correction
-    low_rank = factors is not None and len(factors) == 2 and rows.shape[0] * (kept + hidden) < kept * hidden
-    adds = None if low_rank else compensation
-    if _at_once(selection, weight.t()):
-        correction = None if adds is None else adds.dense_correction()
-        out = kernels.gather_output(rows, weight.t(), selection.columns, correction)
+    at_once = _at_once(selection, weight.t())
+    few = rows.shape[0] * (kept + hidden) < kept * hidden
+    to_rows = factors is not None and (at_once or (few and len(factors) == 2))
+    if at_once:
+        out = kernels.gather_output(rows, weight.t(), selection.columns)
         out = out if bias is None else out + bias
     else:
+        adds = None if to_rows else compensation
         out = F.linear(rows, _corrected(_kept_columns(weight, selection.columns), adds).t(), bias)
-    if low_rank:
-        out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
+    if to_rows:
+        for factor in factors:  # type: ignore[union-attr]
+            rows = rows @ factor
+        out = out + rows
     return out.view(*z.shape[:-1], hidden)
 
 
 def _corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
-    """Kept columns [kept, H] with the compensation's correction."""
+    """Kept columns [kept, H] with the compensation's correction, in the same memory layout."""
     if compensation is None or compensation.correction is None:
         return kept
     factors = compensation.correction
-    return kept + factors[0] if len(factors) == 1 else torch.addmm(kept, *factors)
+    if len(factors) == 1:
+        return kept + factors[0]
+    if kept.stride(-1) == 1:
+        return torch.addmm(kept, *factors)
+    return torch.addmm(kept.t(), factors[1].t(), factors[0].t()).t()
 
 
 def _at_once(selection: Selection, weight: Tensor) -> bool:
@@ -161,8 +167,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Te
 
 
 def _kept_columns(weight: Tensor, columns: Tensor) -> Tensor:
-    """[H, C] -> [kept, H], rows of the memory."""
-    return weight.t().index_select(0, columns)
+    """[H, C] -> [kept, H], in the memory layout of the weight."""
+    return kernels.kept_rows(weight.t(), columns)
 
 
 def _index(rows: Rows, columns: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: Rows) -> Linear:
         return weight, bias
     if isinstance(rows, tuple):
         return weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
-    return weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+    return kernels.kept_rows(weight, rows), None if bias is None else bias.index_select(0, rows)
 
 
 def _stack(linears: list[Linear]) -> Linear:

@@ -65,8 +65,8 @@ class Group:
         return tuple(dict.fromkeys(p.path for p in (*self.inputs, self.output)))
 
     @property
-    def stored_transposed(self) -> tuple[str, ...]:
-        """Paths of the parameters whose second axis is gathered: their memory is laid out the other way round."""
+    def gathered_by_column(self) -> tuple[str, ...]:
+        """Paths of the parameters of which columns are gathered."""
         inputs = [p for p in self.inputs if p.transposed]
         return tuple(dict.fromkeys(p.path for p in (*inputs, *([] if self.output.transposed else [self.output]))))
 

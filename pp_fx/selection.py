@@ -12,6 +12,7 @@ from .compact import rows_of
 from .compensation import COMPENSATIONS, Compensation, Known, least_squares_or_mean
 from .errors import StateError
 from .gather import gather_rows, whole_rows
+from .kernels import kept_rows
 from .methods import SCORES, Statistics
 from .plan import store
 from .probe import sample_rows, too_short
@@ -217,7 +218,7 @@ def _held(selection: Selection, weight: Tensor) -> Compensation | None:
     """The compensation of a selection, whose compact weights may have taken its correction in."""
     if selection.output is None or selection.compensation is None:
         return selection.compensation
-    kept = weight.t().index_select(0, selection.columns)
+    kept = kept_rows(weight.t(), selection.columns)
     return Compensation(selection.compensation.vector, (rows_of(selection.output).t() - kept,))
 
 

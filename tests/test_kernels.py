@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pp_fx
-from pp_fx.kernels import gather_linear, gather_output
+from pp_fx.kernels import gather_linear, gather_output, kept_rows
 
 from .conftest import tiny_llama
 
@@ -29,8 +29,10 @@ def tensors(rows, hidden, channels, data, dtype=torch.float32, device="cpu"):
 
 
 def agrees(linear, output, rows, hidden, channels, data, device="cpu", half=torch.bfloat16):
+    turned = data.draw(st.booleans())
     for dtype, tolerance in ((torch.float32, 1e-4), (half, 3e-2)):
         x, z, weight, kept = tensors(rows, hidden, channels, data, dtype, device)
+        weight = weight.t().contiguous().t() if turned else weight
         wide = weight.double()[kept]
         for found, right in (
             (linear(x, weight, kept), x.double() @ wide.t()),
@@ -46,10 +48,25 @@ def test_the_operators_are_products_with_the_kept_rows(rows, hidden, channels, d
     agrees(gather_linear, gather_output, rows, hidden, channels, data)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_kept_rows_lie_as_the_weight_does(dtype, by_columns, grad):
+    kept, weight = torch.tensor([0, 3, 4, 9]), torch.randn(10, 8).to(dtype)
+    weight = (weight.t().contiguous().t() if by_columns else weight).requires_grad_(grad)
+    torch._dynamo.reset()
+    for run in (kept_rows, torch.compile(kept_rows, backend="aot_eager", fullgraph=True)):
+        found = run(weight, kept)
+        assert torch.equal(found, weight[kept])
+        assert found.requires_grad == grad
+        assert (found.t() if by_columns else found).is_contiguous()
+
+
 def test_the_operators_are_registered_as_compilers_need_them():
     x, weight, kept = torch.randn(3, 8), torch.randn(10, 8), torch.tensor([1, 4, 7])
     torch.library.opcheck(gather_linear, (x, weight, kept))
-    torch.library.opcheck(gather_output, (torch.randn(3, 3), weight, kept))
+    for laid in (weight, weight.t().contiguous().t()):
+        torch.library.opcheck(gather_output, (torch.randn(3, 3), laid, kept))
 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": True}, {"heads": 4, "kv_heads": 4}])
@@ -101,7 +118,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("changes", [{}, {"bias": True}])
 @pytest.mark.parametrize("min_tokens", [1, 10_000])
 def test_large_weights_in_pieces_give_the_same(ids, changes, min_tokens, monkeypatch):
-    """Least squares and mean; 120 rows take the correction whole, 40 as two factors."""
+    """Least squares and mean; of copies that are made whole, 120 rows take the correction whole, 40 as two factors."""
     settings = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=min_tokens)
     model = pp_fx.transform(tiny_llama(**changes), settings)
     with torch.no_grad(), pp_fx.history_frozen(model):

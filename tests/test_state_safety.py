@@ -207,7 +207,7 @@ def test_an_interrupt_while_a_layer_is_rewritten_is_undone(ids, monkeypatch):
     with torch.no_grad():
         expected = model(ids).logits
     names = {name for name, _ in model.named_modules()}
-    monkeypatch.setattr("pp_fx.block._store_transposed", raises)
+    monkeypatch.setattr("pp_fx.block._lay_out", raises)
     with pytest.raises(Interrupted):
         pp_fx.transform(model, CONFIG)
     monkeypatch.undo()

@@ -83,12 +83,23 @@ def test_loading_a_dense_checkpoint_equals_transforming_it(llama, ids, assign):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_output_projections_lie_transposed_after_loading_too(llama, assign):
-    """What is gathered are contiguous rows; results would not tell."""
+def test_weights_of_a_cpu_lie_as_before(llama, assign):
+    """Calls that run dense must take as long as the original's; results would not tell."""
     dense = copy.deepcopy(llama)
     model = pp_fx.transform(llama, PRUNED)
-    model.load_state_dict({name: value.clone() for name, value in dense.state_dict().items()}, assign=assign)
+    held = {
+        name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in dense.state_dict().items()
+    }
+    model.load_state_dict(held, assign=assign)
+    assert all(layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers[1:])
+
+
+def test_output_projections_lie_transposed_elsewhere(llama):
+    """What is gathered are contiguous rows; a device without data stands for an accelerator."""
+    model = pp_fx.transform(llama, PRUNED).to("meta")
     assert all(layer.mlp.down_proj.weight.t().is_contiguous() for layer in model.model.layers[1:])
+    assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+    assert model.model.layers[1].mlp.up_proj.weight.is_contiguous()
 
 
 def test_to_dtype_keeps_statistics_in_fp32_and_equals_transforming_later(llama, ids):
