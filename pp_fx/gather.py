@@ -125,9 +125,9 @@ def _compensated(
     """A prompt's output projection; a correction of low rank goes to the rows of z where that is less work."""
     rows, (hidden, kept) = z.flatten(0, -2), (weight.shape[0], selection.columns.shape[0])
     factors = None if compensation is None else compensation.correction
-    at_once = _at_once(selection, weight.t())
-    few = rows.shape[0] * (kept + hidden) < kept * hidden
-    to_rows = factors is not None and (at_once or (few and len(factors) == 2))
+    low_rank = factors is not None and len(factors) == 2
+    at_once = _at_once(selection, weight.t()) and (factors is None or low_rank)
+    to_rows = low_rank and (at_once or rows.shape[0] * (kept + hidden) < kept * hidden)
     if at_once:
         out = kernels.gather_output(rows, weight.t(), selection.columns)
         out = out if bias is None else out + bias
@@ -135,9 +135,7 @@ def _compensated(
         adds = None if to_rows else compensation
         out = F.linear(rows, _corrected(_kept_columns(weight, selection.columns), adds).t(), bias)
     if to_rows:
-        for factor in factors:  # type: ignore[union-attr]
-            rows = rows @ factor
-        out = out + rows
+        out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
     return out.view(*z.shape[:-1], hidden)
 
 
