@@ -60,37 +60,27 @@ def probe_gram(
 
 
 def gram_sums(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> dict[str, Tensor]:
-    """What `gram_of_sums` needs of a batch, z [B, T, C] and residual [B, T, H]; sums of batches are those of all rows.
+    """What `gram_of_sums` needs of a batch, z [B, T, C] and residual [B, T, H]: sums over sequences and their rows.
 
-    With r = 1 / mean(residual^2) of each row: sum r <y_g, y_h>, sum r y_h, sum y_h, sum r, number of rows.
+    As `output_gram`, but the means are those of each sequence: a batch's own means are compensated, too.
     """
-    z = z.flatten(0, 1).float()
-    scale = residual.flatten(0, 1).float().square().mean(-1).clamp(min=_TINY).reciprocal()
-    count = torch.tensor(float(len(z)), device=z.device)
-    if real is not None:
-        mask = real.flatten()
-        z, scale, count = torch.where(mask[:, None], z, 0.0), torch.where(mask, scale, 0.0), mask.sum()
+    z, scale = z.float(), residual.float().square().mean(-1).clamp(min=_TINY).reciprocal()
+    if real is None:
+        count = torch.tensor(float(scale.numel()), device=z.device)
+        mean = z.mean(1, keepdim=True)
+    else:
+        count = real.sum()
+        z, scale = torch.where(real[:, :, None], z, 0.0), torch.where(real, scale, 0.0)
+        mean = z.sum(1, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None]
+    rows = ((z - mean) * scale.sqrt()[:, :, None]).flatten(0, 1)
     gram = torch.zeros(units, units, device=z.device)
     blocks = weight.t().float().unflatten(0, (units, -1))
-    for rows, weights in zip(z.split(_CHUNK), scale.split(_CHUNK), strict=True):  # y of few rows at a time
-        heads = (rows * weights.sqrt()[:, None]).unflatten(1, (units, -1)).transpose(0, 1)
-        outputs = (heads @ blocks).flatten(1)
+    for part in rows.split(_CHUNK):  # the outputs of single heads, of few rows at a time
+        outputs = (part.unflatten(1, (units, -1)).transpose(0, 1) @ blocks).flatten(1)
         gram += outputs @ outputs.t()
-
-    def output(row: Tensor) -> Tensor:
-        return (row.view(units, 1, -1) @ blocks)[:, 0]
-
-    return {
-        "gram": gram,
-        "gram_weighted": output(scale @ z),
-        "gram_plain": output(z.sum(0)),
-        "gram_weight": scale.sum(),
-        "gram_count": count,
-    }
+    return {"gram": gram, "gram_count": count}
 
 
 def gram_of_sums(sums: dict[str, Tensor]) -> Tensor:
-    """`output_gram` of all rows that the sums of `gram_sums` hold: [units, units]."""
-    mean, cross = sums["gram_plain"] / sums["gram_count"], sums["gram_weighted"]
-    tied = cross @ mean.t()
-    return (sums["gram"] - tied - tied.t() + sums["gram_weight"] * mean @ mean.t()) / sums["gram_count"]
+    """The Gram matrix of all rows that the sums of `gram_sums` hold: [units, units]."""
+    return sums["gram"] / sums["gram_count"]

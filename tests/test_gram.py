@@ -43,15 +43,26 @@ def test_rows_that_are_not_real_do_not_count():
     torch.testing.assert_close(output_gram(z, residual, real, weight, 4), expected)
 
 
-def test_sums_of_batches_are_those_of_all_rows():
-    z, residual, weight = made(rows=700)
-    real = torch.rand(700, generator=torch.Generator().manual_seed(1)) > 0.3
+def test_sums_of_batches_are_those_of_their_sequences():
+    z, residual, weight = made(rows=1200)
+    z, residual = z.view(4, 300, -1), residual.view(4, 300, -1)
+    real = torch.rand(4, 300, generator=torch.Generator().manual_seed(1)) > 0.3
+    z = torch.where(real[:, :, None], z, torch.nan)
     total = {}
-    for part in (slice(0, 100), slice(100, 700)):
-        for key, value in gram_sums(z[None, part], residual[None, part], real[None, part], weight, 4).items():
+    for part in (slice(0, 1), slice(1, 4)):
+        for key, value in gram_sums(z[part], residual[part], real[part], weight, 4).items():
             total[key] = value.double() + total.get(key, 0)
-    expected = output_gram(z, residual, real, weight, 4).double()
+    found = [output_gram(*rows, weight, 4) * rows[2].sum() for rows in zip(z, residual, real, strict=True)]
+    expected = (sum(found) / real.sum()).double()
     torch.testing.assert_close(gram_of_sums(total), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_without_a_real_row_adds_nothing():
+    z, residual, weight = made()
+    z, residual = torch.stack([z, z * torch.nan]), torch.stack([residual, residual])
+    real = torch.tensor([[True], [False]]).expand(2, 50)
+    found = gram_of_sums(gram_sums(z, residual, real, weight, 4))
+    torch.testing.assert_close(found, output_gram(z[0], residual[0], None, weight, 4), atol=1e-4, rtol=1e-4)
 
 
 def test_the_greedy_order_starts_with_the_cheapest_head():
@@ -65,7 +76,7 @@ def test_the_greedy_order_starts_with_the_cheapest_head():
     assert second == min(costs, key=costs.get)
 
 
-def test_calibration_takes_the_gram_matrix_of_all_rows(llama, ids):
+def test_calibration_takes_the_gram_matrix_of_all_sequences(llama, ids):
     layer = llama.model.layers[1]
     seen = {}
     hooks = [
@@ -79,5 +90,6 @@ def test_calibration_takes_the_gram_matrix_of_all_rows(llama, ids):
         hook.remove()
     pp_fx.transform(llama, pp_fx.ProbePruningConfig(attention_ratio=0.5, skip_layers=1))
     pp_fx.calibrate(llama, ids, progress=False, batch_size=2)
-    expected = output_gram(seen["z"].flatten(0, 1), seen["residual"].flatten(0, 1), None, weight, 4)
+    made = [output_gram(z, residual, None, weight, 4) for z, residual in zip(seen["z"], seen["residual"], strict=True)]
+    expected = torch.stack(made).mean(0)
     torch.testing.assert_close(layers_of(llama)[1].pp_attention.gram, expected, atol=1e-4, rtol=1e-4)
