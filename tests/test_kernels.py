@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,15 +116,32 @@ if __name__ == "__main__":
     interpreted()
 
 
+def test_the_workspace_serves_every_mode_and_thread():
+    """Grown in inference mode it is used outside of it, and threads that multiply at once do not meet."""
+    kept = torch.arange(0, 300, 2)
+    cases = [(torch.randn(5, 64), torch.randn(300 + 10 * i, 64)) for i in range(4)]
+    with torch.inference_mode():
+        gather_linear(*cases[0], kept)
+    for x, weight in cases:
+        torch.testing.assert_close(gather_linear(x, weight, kept), x @ weight[kept].t())
+
+    def many(case):
+        x, weight = case
+        return all(torch.allclose(gather_linear(x, weight, kept), x @ weight[kept].t(), atol=1e-4) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, cases))
+
+
 @pytest.mark.parametrize("changes", [{}, {"bias": True}])
 @pytest.mark.parametrize("min_tokens", [1, 10_000])
-def test_large_weights_in_pieces_give_the_same(ids, changes, min_tokens, monkeypatch):
+def test_large_weights_in_the_workspace_give_the_same(ids, changes, min_tokens, monkeypatch):
     """Least squares and mean; of copies that are made whole, 120 rows take the correction whole, 40 as two factors."""
     settings = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=min_tokens)
     model = pp_fx.transform(tiny_llama(**changes), settings)
     with torch.no_grad(), pp_fx.history_frozen(model):
         whole = [model(x).logits for x in (ids, ids[:1])]
-        monkeypatch.setattr(sys.modules["pp_fx.kernels.gather_linear"], "_PIECE", 700)
-        pieces = [model(x).logits for x in (ids, ids[:1])]
-    for found, expected in zip(pieces, whole, strict=True):
+        monkeypatch.setattr(sys.modules["pp_fx.kernels.gather_linear"], "_LARGE", 700)
+        large = [model(x).logits for x in (ids, ids[:1])]
+    for found, expected in zip(large, whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -3,18 +3,35 @@
 On CUDA a Triton kernel reads the rows where they lie. A copy costs a fixed time, so the kernels are for calls of few
 rows; `benchmarks/gpu.py` measures up to how many.
 
-Elsewhere the rows are copied, used and freed piece by piece inside the operator. Inductor gathers all weights of a
-block in one loop before the first product, and large copies are fresh memory at every call, which costs several times
-as much as the copying itself (`benchmarks/blocks.py`).
+Elsewhere the rows are copied. Inductor gathers all weights of a block in one loop before the first product, and large
+copies are fresh memory at every call, which costs several times as much as the copying itself
+(docs/research/speed.md, section 4). So on a CPU the operators copy into a workspace, one for each thread, which
+grows to the largest copy and stays.
 """
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
-_PIECE = 4 * 2**20
-"""Bytes: small enough that the allocator gives the same memory out again, and that the product finds it in a cache."""
+_LARGE = 4 * 2**20
+"""Bytes of a copy from which on the allocator asks the system for fresh memory at every call."""
+
+
+class _Workspace(threading.local):
+    memory: Tensor | None = None
+
+    def take(self, size: int) -> Tensor:
+        """Uint8 [size], overwritten by the next call."""
+        if self.memory is None or self.memory.numel() < size:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size]
+
+
+_workspace = _Workspace()
 
 
 def kept_rows(weight: Tensor, kept: Tensor) -> Tensor:
@@ -27,14 +44,28 @@ def kept_rows(weight: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [k, H].
     """
-    if weight.stride(-1) == 1 or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting():
         return weight.index_select(0, kept)
-    lines = weight.t()
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
-        return lines.index_select(1, kept).t()
-    # torch's own index_select is slow along this axis, and halves are gathered twice as fast as integers
-    whole = lines.view(torch.int16) if weight.element_size() == 2 else lines
-    return whole.gather(1, kept.expand(lines.shape[0], -1)).view(weight.dtype).t()
+        return weight.index_select(0, kept) if weight.stride(-1) == 1 else weight.t().index_select(1, kept).t()
+    return _copy(weight, kept, None)
+
+
+def _copy(weight: Tensor, kept: Tensor, memory: Tensor | None) -> Tensor:
+    """As `kept_rows`, in the memory given (uint8), or in new memory."""
+    if weight.stride(-1) == 1:
+        out = None if memory is None else memory.view(weight.dtype).view(kept.shape[0], weight.shape[1])
+        return torch.index_select(weight, 0, kept, out=out)
+    # index_select is slow along this axis, and gather takes halves as integers twice as fast as it takes them as halves
+    lines = weight.t().view(torch.int16) if weight.element_size() == 2 else weight.t()
+    out = None if memory is None else memory.view(lines.dtype).view(weight.shape[1], kept.shape[0])
+    return torch.gather(lines, 1, kept.expand(lines.shape[0], -1), out=out).view(weight.dtype).t()
+
+
+def _work(weight: Tensor, kept: Tensor) -> Tensor:
+    """As `kept_rows`, on a CPU in the workspace."""
+    size = kept.shape[0] * weight.shape[1] * weight.element_size()
+    return _copy(weight.detach(), kept, _workspace.take(size) if weight.device.type == "cpu" else None)
 
 
 @torch.library.custom_op("pp_fx::gather_linear", mutates_args=())
@@ -49,8 +80,7 @@ def gather_linear(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [M, k] in x's dtype, summed in fp32.
     """
-    pieces = kept.split(_piece(weight.shape[1], weight))
-    return torch.cat([x @ kept_rows(weight.detach(), rows).t() for rows in pieces], 1)
+    return x @ _work(weight, kept).t()
 
 
 @torch.library.custom_op("pp_fx::gather_output", mutates_args=())
@@ -65,20 +95,13 @@ def gather_output(z: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [M, H] in z's dtype, summed in fp32.
     """
-    # pieces of the results: sums of pieces would round more often
-    pieces = weight.detach().split(_piece(kept.shape[0], weight), 1)
-    return torch.cat([z @ kept_rows(piece, kept) for piece in pieces], 1)
+    return z @ _work(weight, kept)
 
 
 def large(weight: Tensor, kept: Tensor) -> bool:
-    """Whether copies of these rows of a weight [C, H] are made piece by piece: on a CPU, not in an exported graph."""
+    """Whether a copy of these rows of a weight [C, H] needs the workspace: on a CPU, not in an exported graph."""
     size = kept.shape[0] * weight.shape[1] * weight.element_size()
-    return weight.device.type == "cpu" and not torch.compiler.is_exporting() and size >= _PIECE
-
-
-def _piece(length: int, weight: Tensor) -> int:
-    """Of lines of `length` elements, as many as are copied at a time."""
-    return max(1, _PIECE // max(1, length * weight.element_size()))
+    return weight.device.type == "cpu" and not torch.compiler.is_exporting() and size >= _LARGE
 
 
 @gather_linear.register_fake
