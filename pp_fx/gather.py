@@ -112,7 +112,7 @@ def gather_columns(
             bias = compensation.vector if bias is None else bias + compensation.vector
         if not selection.compacts:
             return _compensated(selection, z, weight, bias, compensation)
-        kept = _corrected(_kept_columns(weight, selection.columns), compensation)
+        kept = _corrected(_kept_columns(weight, selection), compensation)
         selection.output = store(kept.t(), bias)
         if compensation is not None:  # the compact weights have the correction now
             selection.compensation = Compensation(compensation.vector, None)
@@ -133,7 +133,7 @@ def _compensated(
         out = out if bias is None else out + bias
     else:
         adds = None if to_rows else compensation
-        out = F.linear(rows, _corrected(_kept_columns(weight, selection.columns), adds).t(), bias)
+        out = F.linear(rows, _corrected(_kept_columns(weight, selection), adds).t(), bias)
     if to_rows:
         out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
     return out.view(*z.shape[:-1], hidden)
@@ -164,9 +164,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Te
     return out if bias is None else out + bias.index_select(0, rows)
 
 
-def _kept_columns(weight: Tensor, columns: Tensor) -> Tensor:
+def _kept_columns(weight: Tensor, selection: Selection) -> Tensor:
     """[H, C] -> [kept, H], in the memory layout of the weight."""
-    return kernels.kept_rows(weight.t(), columns)
+    width = selection.columns.shape[0] // selection.kept.shape[0]
+    if width == 1 or torch.compiler.is_exporting():
+        return kernels.kept_rows(weight.t(), selection.columns)
+    # all columns of a head at a time: compilers would compute the index of every element anew
+    return weight.unflatten(1, (-1, width)).index_select(1, selection.kept).flatten(1).t()
 
 
 def _index(rows: Rows, columns: Tensor) -> Tensor:

@@ -44,7 +44,12 @@ def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor
             mean = z.sum(0) / count
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
-        outputs = (heads @ weight.t().to(dtype).unflatten(0, (units, -1))).flatten(1).float()
+        blocks = weight.t().to(dtype).unflatten(0, (units, -1))
+        if torch.compiler.is_exporting():  # the file holds each weight once, and transposed
+            outputs = heads @ blocks
+        else:  # the other way round, the product would copy the weight
+            outputs = blocks.transpose(1, 2) @ heads.transpose(1, 2)
+        outputs = outputs.flatten(1).float()
         return outputs @ outputs.t() / count
 
 
