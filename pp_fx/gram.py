@@ -45,10 +45,9 @@ def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
         blocks = weight.t().to(dtype).unflatten(0, (units, -1))
-        if torch.compiler.is_exporting():  # the file holds each weight once, and transposed
-            outputs = heads @ blocks
-        else:  # the other way round, the product would copy the weight
-            outputs = blocks.transpose(1, 2) @ heads.transpose(1, 2)
+        # a file holds each weight once, transposed; elsewhere a product the other way round would copy the weight
+        exporting = torch.compiler.is_exporting()
+        outputs = heads @ blocks if exporting else blocks.transpose(1, 2) @ heads.transpose(1, 2)
         outputs = outputs.flatten(1).float()
         return outputs @ outputs.t() / count
 
