@@ -22,7 +22,7 @@ class Known(NamedTuple):
     """What is known of the intermediate state when a selection has been made; statistics are fp32.
 
     Attributes:
-        kept, dropped: int64 [k] and [C - k], columns of the output projection.
+        kept: int64 [k], columns of the output projection.
         mean, variance: [C], of the history, or None without one.
         directions: [r, C], the history's principal directions: directions.T @ directions is their part of the
             covariance. None or zeros where there are none.
@@ -32,7 +32,6 @@ class Known(NamedTuple):
     """
 
     kept: Tensor
-    dropped: Tensor
     mean: Tensor | None
     variance: Tensor | None
     directions: Tensor | None
@@ -66,9 +65,8 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
         weight: output projection [H, C].
         ridge: not used.
     """
-    mu = _mean(known)
-    dropped = torch.zeros_like(mu).index_fill(0, known.dropped, 1)
-    return Compensation(torch.nn.functional.linear((mu * dropped).to(weight.dtype), weight), None)
+    dropped = _mean(known).index_fill(0, known.kept, 0)
+    return Compensation(torch.nn.functional.linear(dropped.to(weight.dtype), weight), None)
 
 
 def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
@@ -91,17 +89,17 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
         weight: output projection [H, C].
         ridge: share of the mean of d_S.
     """
-    mu = _mean(known)
+    mu, dropped = _mean(known), _dropped(known.kept, weight.shape[1])
     factor, diagonal = _covariance(known, mu)
     kept = diagonal.index_select(0, known.kept)
     scale = (kept + ridge * kept.mean()).clamp(min=_TINY).rsqrt()
     # the two wide products in bf16 where the weight is; fp16 could overflow
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    rows = torch.cat([factor, mu[None]]).index_select(1, known.dropped).to(dtype)
-    if weight.dtype == dtype and kernels.large(weight.t(), known.dropped):
-        products = kernels.gather_output(rows, weight.t(), known.dropped).float()
+    rows = torch.cat([factor, mu[None]]).index_select(1, dropped).to(dtype)
+    if weight.dtype == dtype and kernels.large(weight.t(), dropped):
+        products = kernels.gather_output(rows, weight.t(), dropped).float()
     else:
-        products = (rows @ kernels.kept_rows(weight.t(), known.dropped).to(dtype)).float()
+        products = (rows @ kernels.kept_rows(weight.t(), dropped).to(dtype)).float()
     # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
@@ -139,6 +137,12 @@ def _mean(known: Known) -> Tensor:
     else:  # where, not a product: padded rows may hold Inf or NaN
         probe = torch.where(known.real[:, None], known.rows, 0.0).sum(0) / known.real.sum().clamp(min=1)
     return probe if known.mean is None else known.share * known.mean + (1 - known.share) * probe
+
+
+def _dropped(kept: Tensor, channels: int) -> Tensor:
+    """The columns that are not kept, ascending: int64 [C - k]."""
+    mask = torch.ones(channels, device=kept.device).index_fill(0, kept, 0)
+    return mask.topk(channels - kept.shape[0]).indices.sort().values
 
 
 def _row_weights(known: Known) -> Tensor:

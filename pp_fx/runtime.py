@@ -109,8 +109,18 @@ def probe_attention(module, q, k, v, mask, **kwargs):
             section 3.1: S = T'); mask: [1 or B', 1, T', S].
     """
     name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
+    if name == "sdpa" and q.shape[1] > k.shape[1] and mask.shape[1] == 1 and kwargs.get("softcap") is None:
+        return _grouped_attention(q, k, v, mask, kwargs.get("scaling"))
     call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))
     return call(module, q, k, v, mask, **kwargs)[0]
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """GQA of few rows: the query heads of a key/value head are rows of one attention, so no key is copied for each."""
+    groups = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    out = nn.functional.scaled_dot_product_attention(rows, k, v, mask.repeat(1, 1, groups, 1), scale=scale)
+    return out.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def real_rows(hidden_states, attention_mask, plan, layer, inverted):

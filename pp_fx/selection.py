@@ -187,8 +187,6 @@ def _compensation(
     sampled: tuple[Tensor | None, Tensor | None] = None, None
     if z is not None and rows is not None:
         sampled = sample_rows(z, rows, config.compensation_rows) if name == "least_squares" else _all(z, rows)
-    mask = torch.ones(weight.shape[1], device=weight.device).index_fill(0, selection.columns, 0)
-    dropped = mask.topk(weight.shape[1] - selection.columns.shape[0]).indices.sort().values
     variance, energy = None, state.energy
     if energy is not None and state.mean is not None:
         energy = energy.mean(0) if energy.ndim == 2 else energy
@@ -196,7 +194,7 @@ def _compensation(
     share = config.compensation_mix * state.seen
     if exporting and state.calibrated and sampled[0] is not None:
         share = torch.where(too_short(state, plan), 1.0, share)
-    known = Known(selection.columns, dropped, state.mean, variance, state.directions, *sampled, share)
+    known = Known(selection.columns, state.mean, variance, state.directions, *sampled, share)
     if exporting and name == "least_squares":
         tokens = torch.scalar_tensor(plan.shape[0] * plan.shape[1], dtype=torch.int64)
         solves = tokens >= config.compensation_min_tokens
