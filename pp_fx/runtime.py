@@ -62,21 +62,25 @@ def call_module(module, args, kwargs, forwarded):
     return next(r for r in result if isinstance(r, Tensor) and r.ndim == 3)
 
 
-class PrunedAttentionView:
-    """What an attention function reads from its module, with one key/value head per kept query head.
+class AttentionView:
+    """What an attention function reads from its module, with one key/value head per query head.
 
-    Parameters with one number per query head (attention sinks) are cut to the kept heads.
+    Parameters with one number per query head (attention sinks) are cut to the `kept` heads.
     """
 
-    def __init__(self, module: nn.Module, heads: int, kept: Tensor) -> None:
+    def __init__(self, module: nn.Module, heads: int, kept: Tensor | None = None) -> None:
         for name, value in module.__dict__.items():
             if not name.startswith("_") and isinstance(value, int | float | str | type(None)):
                 setattr(self, name, value)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.shape[:1] == (heads,):
+        if kept is not None:
+            for name, parameter in _per_head(module, heads):
                 setattr(self, name, parameter.index_select(0, kept))
         self.config = module.config
         self.num_key_value_groups = 1
+
+
+def _per_head(module: nn.Module, heads: int) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters(recurse=False) if p.shape[:1] == (heads,)]
 
 
 def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwargs):
@@ -97,7 +101,7 @@ def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwarg
         if isinstance(value, Tensor) and value.shape[:1] == (state.units,):
             kwargs[name] = value.index_select(0, selection.kept)
     call = _attention_function(module)
-    view = PrunedAttentionView(module, state.units, selection.kept)
+    view = AttentionView(module, state.units, selection.kept)
     return call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
 
@@ -109,18 +113,14 @@ def probe_attention(module, q, k, v, mask, **kwargs):
             section 3.1: S = T'); mask: [1 or B', 1, T', S].
     """
     name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
-    if name == "sdpa" and q.shape[1] > k.shape[1] and mask.shape[1] == 1 and kwargs.get("softcap") is None:
-        return _grouped_attention(q, k, v, mask, kwargs.get("scaling"))
     call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))
-    return call(module, q, k, v, mask, **kwargs)[0]
-
-
-def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """GQA of few rows: the query heads of a key/value head are rows of one attention, so no key is copied for each."""
-    groups = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
-    out = nn.functional.scaled_dot_product_attention(rows, k, v, mask.repeat(1, 1, groups, 1), scale=scale)
-    return out.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    if groups == 1 or mask.shape[1] > 1 or _per_head(module, heads):
+        return call(module, q, k, v, mask, **kwargs)[0]
+    # GQA: the query heads of a key/value head as rows of one attention, so that no key is copied for each of them
+    q, mask = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1)
+    out = call(AttentionView(module, heads), q, k, v, mask, **kwargs)[0]
+    return out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def real_rows(hidden_states, attention_mask, plan, layer, inverted):
