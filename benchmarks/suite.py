@@ -72,16 +72,17 @@ def run(model: str, given: dict[str, Any]) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row a shape; ideal includes the probe for prefill."""
     lines = [
-        "| phase, batch x length | core | dense ms | pruned ms | ratio | static "
+        "| phase, batch x length | core | dense ms | pruned ms | ratio | static | masked "
         "| ideal | / ideal | with head (ideal) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        head, static = r["with_head"], r["static_ratio"]
+        head = r["with_head"]
+        others = ["" if r[k] is None else f"{r[k]:.3f}" for k in ("static_ratio", "masked_ratio")]
         ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
         lines.append(
             f"| {label(r)} | {r['settings']['attention']} | {r['dense_ms']:.1f} | {r['pruned_ms']:.1f} | "
-            f"**{r['ratio']:.3f}** | {'' if static is None else f'{static:.3f}'} | {ideal:.3f} | "
+            f"**{r['ratio']:.3f}** | {' | '.join(others)} | {ideal:.3f} | "
             f"{r['ratio'] / ideal:.3f} | {head['ratio']:.3f} ({head_ideal:.3f}) |"
         )
     return "\n".join(lines) + "\n"

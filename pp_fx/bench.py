@@ -23,7 +23,7 @@ from .errors import InputError
 from .history import history_frozen
 from .macs import attention_core_macs, block_bytes, count_macs, head_weight, kept_head_share, key_value_bytes
 from .shares import time_shares
-from .static import static_copy
+from .static import static_copies
 from .transform import transform
 
 _WARM_UP = 3
@@ -118,7 +118,8 @@ def bench(
         `dense_ms`, `pruned_ms`, `ratio` (decoder blocks without the LM head, median CPU time; wall time on CUDA),
         `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
         too), `static_ratio` (the same kept channels cut out of the weights once: what no pruning that decides while it
-        runs can beat; None where heads are pruned or weights fused), `shares` (prefill: see `pp_fx.shares`), `wall`
+        runs can beat) and `masked_ratio` (whole weights, the dropped channels set to zero), both None where heads are
+        pruned or weights fused, `shares` (prefill: see `pp_fx.shares`), `wall`
         and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
         `compact_mb`, `peak_memory_mb` of the process.
 
@@ -139,9 +140,10 @@ def bench(
     ids = ids.to(device)
     with _threads(threads), torch.no_grad(), history_frozen(pruned):
         sides = {"dense": _Side(model, compiled, freezing), "pruned": _Side(pruned, compiled, freezing)}
-        sliced = static_copy(model, pruned, ids)
-        if sliced is not None:
-            sides["static"] = _Side(sliced, compiled, freezing)
+        static = static_copies(model, pruned, ids)
+        if static is not None:
+            sides["static"] = _Side(static.cut, compiled, freezing)
+            sides["masked"] = _Side(static.masked, compiled, freezing)
         if phase == "prefill":
             extra = _prefill(sides, ids, progress(range(_WARM_UP + repeats), "prefill"))
             extra["shares"] = time_shares(pruned, ids)
@@ -155,7 +157,10 @@ def bench(
         "pruned_ms": slim.blocks.median(gate),
         "ratio": slim.blocks.median(gate) / dense.blocks.median(gate),
         **ideals["blocks"],
-        "static_ratio": sides["static"].blocks.median(gate) / dense.blocks.median(gate) if sliced is not None else None,
+        **{
+            f"{name}_ratio": sides[name].blocks.median(gate) / dense.blocks.median(gate) if name in sides else None
+            for name in ("static", "masked")
+        },
         "wall": {
             "dense_ms": dense.blocks.median("wall"),
             "pruned_ms": slim.blocks.median("wall"),

@@ -276,6 +276,10 @@ def _bench_table(result: dict[str, Any]) -> Table:
         ideal = row.get("ideal_with_probe", row["ideal"])
         numbers = (row["dense_ms"], row["pruned_ms"], row["ratio"], ideal, row["ratio"] / ideal)
         table.add_row(label, *(f"{n:.2f}" if i < 2 else f"{n:.3f}" for i, n in enumerate(numbers)))
+    for label, ratio in (("static", result["static_ratio"]), ("masked", result["masked_ratio"])):
+        if ratio is not None:  # the same channels, cut out of the weights once or set to zero
+            dense = result["dense_ms"]
+            table.add_row(f"decoder blocks, {label}", f"{dense:.2f}", f"{ratio * dense:.2f}", f"{ratio:.3f}")
     return table
 
 

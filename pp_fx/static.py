@@ -1,9 +1,9 @@
-"""The dense model with one selection cut out of its weights for good: what pruning while it runs is compared with."""
+"""What pruning while it runs is compared with: one prompt's selection, cut out of the weights or as a mask."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,20 @@ from .cache import selections_on
 from .transform import layers_of
 
 
-def static_copy(model: nn.Module, pruned: nn.Module, ids: Tensor) -> nn.Module | None:
-    """A copy of a dense model whose MLP layers hold the channels alone that a prompt selects, without compensation.
+class StaticCopies(NamedTuple):
+    """Copies of a dense model for the MLP channels that one prompt selects, without compensation; for others wrong.
 
-    It is wrong for other prompts: it tells how fast a pruned model could be that decides nothing while it runs.
+    Attributes:
+        cut: its weights hold the kept channels alone: as fast as a model could be that decides nothing while it runs.
+        masked: whole weights, the dropped channels set to zero: what pruning without smaller products costs.
+    """
+
+    cut: nn.Module
+    masked: nn.Module
+
+
+def static_copies(model: nn.Module, pruned: nn.Module, ids: Tensor) -> StaticCopies | None:
+    """The copies for what a prompt selects; they share with the model the weights that they do not cut.
 
     Args:
         model: the dense model.
@@ -40,14 +50,25 @@ def static_copy(model: nn.Module, pruned: nn.Module, ids: Tensor) -> nn.Module |
     selections: Any = selections_on(cache)
     if selections is None:  # the guard found the prompt too small
         return None
-    cut = copy.deepcopy(model)
+    copies = StaticCopies(_copy(model), _copy(model))
     names = {id(module): name for name, module in pruned.named_modules()}
     for index, chosen in selections.layers.items():
-        layer: Any = cut.get_submodule(names[id(layers[index])])
-        kept, group = chosen["mlp"].kept, layers[index].groups["mlp"]
+        kept, group, name = chosen["mlp"].kept, layers[index].groups["mlp"], names[id(layers[index])]
         for part in (*group.inputs, group.output):
+            linear: Any = copies.cut.get_submodule(name).get_submodule(part.path.rpartition(".")[0])
             axis = 1 if part is group.output else 0
-            linear = layer.get_submodule(part.path.rpartition(".")[0])
             linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, kept), requires_grad=False)
             setattr(linear, "in_features" if axis else "out_features", len(kept))
-    return cut
+        output = copies.masked.get_submodule(name).get_submodule(group.output.path.rpartition(".")[0])
+        _mask(output, kept)
+    return copies
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _mask(output: Any, kept: Tensor) -> None:
+    mask = torch.zeros(output.weight.shape[1], dtype=output.weight.dtype, device=kept.device).index_fill(0, kept, 1)
+    output.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask,))

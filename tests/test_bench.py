@@ -26,6 +26,8 @@ def test_figures_are_consistent_and_the_model_is_untouched(llama, ids, phase):
     assert 0 < result["ideal"] < 1
     assert result["ideal"] < result["with_head"]["ideal"] < 1  # the head is not pruned
     assert result["with_head"]["dense_ms"] > result["dense_ms"]
+    assert result["static_ratio"] > 0
+    assert result["masked_ratio"] > 0
     assert result["peak_memory_mb"] > 0
     if phase == "decode":
         assert result["compact_mb"] > 0
@@ -41,6 +43,7 @@ def test_nothing_pruned_is_ideal_one(llama, ids):
     for phase in ("prefill", "decode"):
         result = bench(llama, ids, pp_fx.ProbePruningConfig(mlp_ratio=0.0), phase=phase, new_tokens=2, repeats=1)
         assert result["ideal"] == result["with_head"]["ideal"] == 1
+        assert result["static_ratio"] is result["masked_ratio"] is None
 
 
 def test_dense_decoding_reads_all_bytes(llama, ids):
@@ -85,7 +88,7 @@ def test_the_command_writes_the_promised_keys(folder):  # noqa: F811
     assert {"dense_ms", "pruned_ms", "ratio", "ideal", "with_head", "peak_memory_mb", "versions"} <= set(data)
     assert {"ratio", "ideal"} <= set(data["with_head"])
     shown = run("bench", folder, "--batch", "2", "--length", "40", "--repeats", "1", "--mlp-ratio", "0.3")
-    assert "decoder blocks" in shown.output
+    assert all(row in shown.output for row in ("decoder blocks", "with LM head", "static", "masked"))
 
 
 def test_a_wrong_attention_implementation_is_refused(folder):  # noqa: F811
