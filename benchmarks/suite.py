@@ -78,7 +78,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         head = r["with_head"]
-        others = ["" if r[k] is None else f"{r[k]:.3f}" for k in ("static_ratio", "masked_ratio")]
+        others = ["" if r.get(k) is None else f"{r[k]:.3f}" for k in ("static_ratio", "masked_ratio")]
         ideal, head_ideal = (x.get("ideal_with_probe", x["ideal"]) for x in (r, head))
         lines.append(
             f"| {label(r)} | {r['settings']['attention']} | {r['dense_ms']:.1f} | {r['pruned_ms']:.1f} | "

@@ -65,22 +65,22 @@ def call_module(module, args, kwargs, forwarded):
 class AttentionView:
     """What an attention function reads from its module, with one key/value head per query head.
 
-    Parameters with one number per query head (attention sinks) are cut to the `kept` heads.
+    `parameters`: those of the module that it reads (attention sinks).
     """
 
-    def __init__(self, module: nn.Module, heads: int, kept: Tensor | None = None) -> None:
+    def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
         for name, value in module.__dict__.items():
             if not name.startswith("_") and isinstance(value, int | float | str | type(None)):
                 setattr(self, name, value)
-        if kept is not None:
-            for name, parameter in _per_head(module, heads):
-                setattr(self, name, parameter.index_select(0, kept))
+        for name, parameter in parameters.items():
+            setattr(self, name, parameter)
         self.config = module.config
         self.num_key_value_groups = 1
 
 
-def _per_head(module: nn.Module, heads: int) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters(recurse=False) if p.shape[:1] == (heads,)]
+def _per_head(module: nn.Module, heads: int) -> dict[str, Tensor]:
+    """Parameters with one number per query head."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.shape[:1] == (heads,)}
 
 
 def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwargs):
@@ -101,7 +101,8 @@ def pruned_attention(state, selection, module, q, k, v, mask, forwarded, **kwarg
         if isinstance(value, Tensor) and value.shape[:1] == (state.units,):
             kwargs[name] = value.index_select(0, selection.kept)
     call = _attention_function(module)
-    view = AttentionView(module, state.units, selection.kept)
+    sinks = {name: p.index_select(0, selection.kept) for name, p in _per_head(module, state.units).items()}
+    view = AttentionView(module, sinks)
     return call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
 
 
@@ -114,12 +115,12 @@ def probe_attention(module, q, k, v, mask, **kwargs):
     """
     name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
     call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))
-    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
-    if groups == 1 or mask.shape[1] > 1 or _per_head(module, heads):
+    groups = q.shape[1] // k.shape[1]
+    if groups == 1 or mask.shape[1] > 1 or _per_head(module, q.shape[1]):
         return call(module, q, k, v, mask, **kwargs)[0]
     # GQA: the query heads of a key/value head as rows of one attention, so that no key is copied for each of them
     q, mask = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1)
-    out = call(AttentionView(module, heads), q, k, v, mask, **kwargs)[0]
+    out = call(AttentionView(module, {}), q, k, v, mask, **kwargs)[0]
     return out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 

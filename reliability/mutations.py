@@ -52,6 +52,8 @@ FAULTS = (
           "tests/test_reference.py tests/test_campaign.py"),
     Fault("wrong key/value heads", "pp_fx/runtime.py", "heads = state.kv_head.index_select(0, selection.kept)",
           "heads = state.kv_head.index_select(0, selection.kept).flip(0)", "tests/test_reference.py"),
+    Fault("query heads of the probe in the wrong order", "pp_fx/runtime.py", "permute(0, 2, 3, 1, 4)",
+          "permute(0, 2, 1, 3, 4)", "tests/test_reference.py"),
     Fault("selection of the module, not of the cache", "pp_fx/cache.py",
           "def selections_on(cache: Any) -> Selections | None:",
           "_held: dict = {}\n\n\ndef selections_on(cache: Any) -> Selections | None:\n"
