@@ -119,9 +119,9 @@ def bench(
         `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
         too), `static_ratio` (the same kept channels cut out of the weights once: what no pruning that decides while it
         runs can beat) and `masked_ratio` (whole weights, the dropped channels set to zero), both None where heads are
-        pruned or weights fused, `shares` (prefill: see `pp_fx.shares`), `wall`
-        and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights),
-        `compact_mb`, `peak_memory_mb` of the process.
+        pruned or weights fused or with biases, `shares` (prefill: see `pp_fx.shares`), `wall` and `with_head` with the
+        same figures, `first_step_ms` (decode: the step that gathers the compact weights), `compact_mb`,
+        `peak_memory_mb` of the process.
 
     Raises:
         InputError: the ids, the phase or a number cannot be used.
