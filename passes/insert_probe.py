@@ -53,7 +53,7 @@ class InsertProbe(Pass):
             if not extracted.row_inputs and not extracted.attends:  # else a re-probe would need more than the residual
                 inserted.reprobes = True
                 source = block.call(
-                    probe.probe_source, (nodes["state"], source, block.plan), inserted.name("probe_source")
+                    probe.probe_source, (nodes["state"], source, block.plan, block.layer), inserted.name("probe_source")
                 )
             args = (nodes["state"], source, block.real_rows, block.plan)
             nodes["rows"] = block.call(probe.choose_rows, args, inserted.name("probe_rows"))

@@ -10,12 +10,15 @@ our own can make and read it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .buffers import keep
 
 _library = torch.library.Library("pp_fx", "FRAGMENT")
 _library.define("pack(Tensor weight) -> Tensor")
@@ -69,14 +72,32 @@ class CompactLinear(NamedTuple):
         """Rows go into a pickle: another machine packs them in its own way."""
         return store, (rows_of(self), self.bias)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactLinear:
+        """Packed weights are shared: nothing writes to them."""
+        weight = self.weight if self.packed else copy.deepcopy(self.weight, memo)
+        return CompactLinear(weight, copy.deepcopy(self.bias, memo), self.packed)
 
-def store(weight: Tensor, bias: Tensor | None) -> CompactLinear:
-    """A linear layer [out, in] as decode steps read it: packed where this processor can, in rows elsewhere."""
-    if torch.compiler.is_exporting():
-        return CompactLinear(weight, bias)  # the graph's runtime has a layout of its own
-    if weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and not _plain(weight):
-        return CompactLinear(torch.ops.pp_fx.pack(weight), bias, True)
-    return CompactLinear(weight.contiguous(), bias)
+
+def packs(weight: Tensor) -> bool:
+    """Whether decode steps read this weight packed."""
+    return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and not _plain(weight)
+
+
+def store(
+    weight: Tensor, bias: Tensor | None, old: CompactLinear | None = None, changed: Tensor | None = None
+) -> CompactLinear:
+    """A linear layer [out, in] as decode steps read it: packed where this processor can, as it lies elsewhere.
+
+    Args:
+        old: what was stored before. What lies unpacked is written in place (`pp_fx.buffers`); `weight` may be its own.
+        changed: bool scalar; where it is false, `old` stays.
+    """
+    kept_bias = None if bias is None else keep(old.bias if old else None, bias, changed)
+    if packs(weight):
+        weight = weight if changed is None or old is None else torch.where(changed, weight, rows_of(old))
+        return CompactLinear(torch.ops.pp_fx.pack(weight), kept_bias, True)
+    former = old.weight if old and not old.packed else None
+    return CompactLinear(weight if former is weight else keep(former, weight, changed), kept_bias)
 
 
 def rows_of(linear: CompactLinear) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, ops
+from .buffers import keep
 
 _PROBE_SHARE = 0.5
 """Share of the probe's variance that counts as correlation; few rows know single variances better than their ties."""
@@ -29,6 +30,7 @@ class Known(NamedTuple):
         rows: [n, C], the probe's rows, or None without a probe.
         real: bool [n], which of them count, or None for all.
         share: of the history against the probe, in [0, 1]; 0 while the history has seen nothing.
+        exports: an exported graph is being traced.
     """
 
     kept: Tensor
@@ -38,6 +40,7 @@ class Known(NamedTuple):
     rows: Tensor | None
     real: Tensor | None
     share: Tensor | float
+    exports: bool = False
 
 
 class Compensation(NamedTuple):
@@ -56,6 +59,24 @@ class Compensation(NamedTuple):
         if self.correction is None:
             return None
         return self.correction[0] if len(self.correction) == 1 else self.correction[0] @ self.correction[1]
+
+    def where(self, changed: Tensor, old: Compensation) -> Compensation:
+        """This one where the bool scalar is true, else the old one; without a correction is with one of zeros."""
+        vector = torch.where(changed, self.vector, old.vector)
+        new, former = self.dense_correction(), old.dense_correction()
+        if new is None and former is None:
+            return Compensation(vector, None)
+        zero = vector.new_zeros(())
+        return Compensation(
+            vector, (torch.where(changed, zero if new is None else new, zero if former is None else former),)
+        )
+
+    def kept_in(self, old: Compensation | None) -> Compensation:
+        """The same in the memory of the old one where it fits there (`pp_fx.buffers`)."""
+        mine, theirs = (() if c is None or c.correction is None else c.correction for c in (self, old))
+        theirs = (*theirs, *[None] * len(mine))
+        factors = tuple(keep(o, m) for o, m in zip(theirs, mine, strict=False))
+        return Compensation(keep(None if old is None else old.vector, self.vector), factors or None)
 
 
 def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
@@ -96,14 +117,14 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     # the two wide products in bf16 where the weight is; fp16 could overflow
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     rows = torch.cat([factor, mu[None]]).index_select(1, dropped).to(dtype)
-    if weight.dtype == dtype and kernels.large(weight.t(), dropped):
+    if weight.dtype == dtype and not known.exports and kernels.large(weight.t(), dropped):
         products = kernels.gather_output(rows, weight.t(), dropped).float()
     else:
-        products = (rows @ kernels.kept_rows(weight.t(), dropped).to(dtype)).float()
+        products = (rows @ kernels.kept_rows(weight.t(), dropped, known.exports).to(dtype)).float()
     # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
     gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
-    solved = ops.solve(gram, products[:-1])
+    solved = ops.solve(gram, products[:-1], known.exports)
     coefficients = (kept_factor * scale).t()
     at_mean = (mu.index_select(0, known.kept) @ coefficients) @ solved
     factors = (coefficients, solved) if dtype == weight.dtype else (coefficients @ solved,)

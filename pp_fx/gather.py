@@ -1,7 +1,8 @@
 """Linear layers over the kept rows or columns of their weight. `selection` None runs the original call, bit for bit.
 
-A prompt gathers the kept weights for its own call. Decoding would gather them at every token, so its first step keeps
-them with the selection (compact weights), with the input projections stacked: one pass over memory per group.
+A call without a KV cache gathers the kept weights for itself. Decoding would gather them at every token, so a prompt on
+the caller's cache keeps what it gathers with the selection (compact weights), with the input projections stacked: one
+pass over memory per group.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from . import kernels
 from .cache import Selection
-from .compact import compact_linear, store
+from .compact import CompactLinear, compact_linear, packs, store
 from .compensation import Compensation
 
 Linear = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
 Rows = tuple[int, int, int] | Tensor | None
 """Which rows of a weight belong to a part of it: (start, stop, step), int64 [C], or None for all."""
+Part = tuple[Tensor, Tensor | None, Rows]
+"""Weight and bias of a linear layer, and the rows of a part of it."""
 
 
 def gather_rows(
@@ -46,34 +49,29 @@ def gather_rows(
     if ahead is not None:
         if ahead[0] is not None:
             return ahead
-        layout = layout[:pruned]
+        if selection is None:
+            layout = layout[:pruned]
     if selection is None:
         outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return tuple(_part(outputs[i], rows) for i, rows in layout)
+    columns, exports = selection.columns, selection.exports
+    picked = [_index(rows, columns) if i < pruned else rows for i, (_, rows) in enumerate(layout)]
+    parts: list[Part] = [(weights[i], biases[i], rows) for (i, _), rows in zip(layout, picked, strict=True)]
+    if selection.compacts and not exports and selection.inputs_due:
+        return _hold(selection, x, parts, None if ahead is None else pruned)
     if selection.compacts and selection.inputs is not None:
         done = [part for linear, sizes in selection.inputs for part in compact_linear(x, linear).split(sizes, -1)]
-        rest = ((weights[i], biases[i], rows) for i, rows in layout[len(done) :])
-        return (*done, *(F.linear(x, *_rows(*whole)) for whole in rest))
-    columns = selection.columns
+        return (*done, *(F.linear(x, *_rows(*part, exports)) for part in parts[len(done) :]))
+    if ahead is not None:
+        parts = parts[:pruned]
     if _at_once(selection, weights[0]):
         return tuple(
-            _product(x, weights[i], biases[i], _index(rows, columns))
-            if position < pruned
-            else F.linear(x, *_rows(weights[i], biases[i], rows))
-            for position, (i, rows) in enumerate(layout)
+            _product(x, *part) if i < pruned else F.linear(x, *_rows(*part, exports)) for i, part in enumerate(parts)
         )
-    linears = [
-        _rows(weights[i], biases[i], _index(rows, columns) if position < pruned else rows)
-        for position, (i, rows) in enumerate(layout)
-    ]
-    if not selection.compacts:
-        return tuple(F.linear(x, w, b) for w, b in linears)
-    if torch.compiler.is_exporting():  # the compact weights leave the graph as they were gathered
-        selection.inputs = [(store(*linear), [linear[0].shape[0]]) for linear in linears[:pruned]]
-        return tuple(F.linear(x, w, b) for w, b in linears)
-    sizes, inputs = [w.shape[0] for w, _ in linears], store(*_stack(linears))
-    selection.inputs = [(inputs, sizes)]
-    return compact_linear(x, inputs).split(sizes, -1)
+    linears = [_rows(*part, exports) for part in parts]
+    if exports:  # the compact weights leave the graph as they were gathered
+        selection.inputs = [(CompactLinear(*linear), [linear[0].shape[0]]) for linear in linears[:pruned]]
+    return tuple(F.linear(x, w, b) for w, b in linears)
 
 
 def whole_rows(
@@ -86,6 +84,17 @@ def whole_rows(
     """As `gather_rows`, but None for the pruned projections."""
     whole = (F.linear(x, *_rows(weights[i], biases[i], rows)) for i, rows in layout[pruned:])
     return (*[None] * pruned, *whole)
+
+
+def _hold(selection: Selection, x: Tensor, parts: list[Part], pruned: int | None) -> tuple[Tensor, ...]:
+    """Gather the stacked projections as decode steps read them, and run the first `pruned` of them (None: all)."""
+    old = selection.inputs[0][0] if selection.inputs else None
+    weight, bias, sizes = _stack(parts, old)
+    linear = selection.hold_inputs(weight, bias, sizes)
+    if pruned is None:
+        return compact_linear(x, linear).split(sizes, -1)
+    wanted = sum(sizes[:pruned])
+    return F.linear(x, weight[:wanted], None if bias is None else bias[:wanted]).split(sizes[:pruned], -1)
 
 
 def gather_heads(selection: Selection | None, heads: Tensor) -> Tensor:
@@ -107,16 +116,15 @@ def gather_columns(
     """
     if selection is None:
         return F.linear(z, weight, bias)
-    if selection.output is None:
-        if compensation is not None:
-            bias = compensation.vector if bias is None else bias + compensation.vector
-        if not selection.compacts:
-            return _compensated(selection, z, weight, bias, compensation)
+    if selection.compacts and not selection.output_due:
+        return compact_linear(z, selection.output)  # type: ignore[arg-type]
+    if compensation is not None:
+        bias = compensation.vector if bias is None else bias + compensation.vector
+    if selection.compacts:
         kept = _corrected(_kept_columns(weight, selection), compensation)
-        selection.output = store(kept.t(), bias)
-        if compensation is not None:  # the compact weights have the correction now
-            selection.compensation = Compensation(compensation.vector, None)
-    return compact_linear(z, selection.output)
+        return compact_linear(z, selection.hold_output(kept.t(), bias))
+    selection.changed = None
+    return _compensated(selection, z, weight, bias, compensation)
 
 
 def _compensated(
@@ -153,22 +161,22 @@ def _corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
 
 def _at_once(selection: Selection, weight: Tensor) -> bool:
     """Whether one operator gathers and multiplies: kept rows read in place, or copies too large to be kept waiting."""
-    if selection.compacts or torch.compiler.is_exporting():
+    if selection.compacts or selection.exports:
         return False
     return selection.in_place or kernels.large(weight, selection.columns)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
     """[..., H] -> [..., kept] in one operator."""
     out = kernels.gather_linear(x.flatten(0, -2), weight, rows).view(*x.shape[:-1], -1)
-    return out if bias is None else out + bias.index_select(0, rows)
+    return out if bias is None else out + bias.index_select(0, rows)  # type: ignore[arg-type]
 
 
 def _kept_columns(weight: Tensor, selection: Selection) -> Tensor:
     """[H, C] -> [kept, H], in the memory layout of the weight."""
     width = selection.columns.shape[0] // selection.kept.shape[0]
-    if width == 1 or torch.compiler.is_exporting():
-        return kernels.kept_rows(weight.t(), selection.columns)
+    if width == 1 or selection.exports:
+        return kernels.kept_rows(weight.t(), selection.columns, selection.exports)
     # all columns of a head at a time: compilers would compute the index of every element anew
     return weight.unflatten(1, (-1, width)).index_select(1, selection.kept).flatten(1).t()
 
@@ -187,17 +195,39 @@ def _part(output: Tensor, rows: Rows) -> Tensor:
     return output[..., slice(*rows)] if isinstance(rows, tuple) else output.index_select(-1, rows)
 
 
-def _rows(weight: Tensor, bias: Tensor | None, rows: Rows) -> Linear:
+def _rows(weight: Tensor, bias: Tensor | None, rows: Rows, exports: bool = False) -> Linear:
     if rows is None:
         return weight, bias
     if isinstance(rows, tuple):
         return weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
-    return kernels.kept_rows(weight, rows), None if bias is None else bias.index_select(0, rows)
+    return kernels.kept_rows(weight, rows, exports), None if bias is None else bias.index_select(0, rows)
 
 
-def _stack(linears: list[Linear]) -> Linear:
-    """Several linear layers of one input as one."""
-    weight = torch.cat([w for w, _ in linears])
-    if all(b is None for _, b in linears):
-        return weight, None
-    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in linears])
+def _stack(parts: list[Part], old: CompactLinear | None) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Several linear layers of one input as one, and their sizes; rows go straight into the memory of the old one."""
+    if old is not None and _overwrites(parts, old):
+        sizes = [w.shape[0] if rows is None else len(range(*rows)) if isinstance(rows, tuple) else len(rows)
+                 for w, _, rows in parts]  # fmt: skip
+        for (weight, _, rows), memory in zip(parts, old.weight.split(sizes), strict=True):
+            if isinstance(rows, Tensor):
+                kernels.kept_rows(weight, rows, out=memory)
+            else:
+                memory.copy_(_rows(weight, None, rows)[0])
+        weight = old.weight
+        biases = [None if b is None else _rows(b[:, None], None, rows)[0][:, 0] for _, b, rows in parts]
+    else:
+        linears = [_rows(*part) for part in parts]
+        sizes, biases = [w.shape[0] for w, _ in linears], [b for _, b in linears]
+        weight = torch.cat([w for w, _ in linears])
+    if all(b is None for b in biases):
+        return weight, None, sizes
+    zeros = (weight.new_zeros(size) for size in sizes)
+    return weight, torch.cat([zero if b is None else b for zero, b in zip(zeros, biases, strict=True)]), sizes
+
+
+def _overwrites(parts: list[Part], old: CompactLinear) -> bool:
+    """Whether rows may be gathered into memory that is there already: uncompiled, unpacked, without gradients."""
+    if torch.compiler.is_compiling() or old.packed or packs(parts[0][0]):
+        return False
+    learns = torch.is_grad_enabled() and any(w.requires_grad for w, _, _ in parts)
+    return not learns and (torch.is_inference_mode_enabled() or not old.weight.is_inference())

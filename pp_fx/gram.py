@@ -10,6 +10,7 @@ from torch import Tensor
 from .probe import sample_rows
 
 if TYPE_CHECKING:
+    from .plan import Plan
     from .probe import ProbeRows
     from .state import GroupState
 
@@ -17,7 +18,9 @@ _CHUNK = 256
 _TINY = 1e-30
 
 
-def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> Tensor:
+def output_gram(
+    z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int, exports: bool = False
+) -> Tensor:
     """G[g, h] = mean over the rows of <y_g - E y_g, y_h - E y_h> / mean(residual^2), where y_h = W_h z_h.
 
     The squared error of dropping a set of heads, their means compensated, in units of the residual that the output is
@@ -29,6 +32,7 @@ def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor
         real: bool [n], which rows count, or None for all.
         weight: output projection [H, C].
         units: heads.
+        exports: an exported graph is being traced.
 
     Returns:
         fp32 [units, units].
@@ -46,21 +50,20 @@ def output_gram(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor
         heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
         blocks = weight.t().to(dtype).unflatten(0, (units, -1))
         # a file holds each weight once, transposed; elsewhere a product the other way round would copy the weight
-        exporting = torch.compiler.is_exporting()
-        outputs = heads @ blocks if exporting else blocks.transpose(1, 2) @ heads.transpose(1, 2)
+        outputs = heads @ blocks if exports else blocks.transpose(1, 2) @ heads.transpose(1, 2)
         outputs = outputs.flatten(1).float()
         return outputs @ outputs.t() / count
 
 
 def probe_gram(
-    state: GroupState, z: Tensor | None, rows: ProbeRows | None, residual: Tensor | None, weight: Tensor
+    state: GroupState, z: Tensor | None, rows: ProbeRows | None, residual: Tensor | None, weight: Tensor, plan: Plan
 ) -> Tensor | None:
     """`output_gram` of the probe, z [B', T', C] and residual [B', T', H]; None where no score reads it."""
     if not state.reads_gram or z is None or rows is None or residual is None:
         return None
     limit = state.config.compensation_rows
-    sampled, real = sample_rows(z, rows, limit)
-    return output_gram(sampled, sample_rows(residual, rows, limit)[0], real, weight, state.units)
+    sampled, real = sample_rows(z, rows, limit, plan)
+    return output_gram(sampled, sample_rows(residual, rows, limit, plan)[0], real, weight, state.units, plan.exports)
 
 
 def gram_sums(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, units: int) -> dict[str, Tensor]:

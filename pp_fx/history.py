@@ -83,7 +83,7 @@ def update_history(
     base_mean = torch.where(seen, state.mean, probe_channel_moment(probe, rows, 1))
     if plan.empty is not None:
         finite = finite & plan.empty
-    if torch.compiler.is_exporting() and state.calibrated:
+    if plan.exports and state.calibrated:
         finite = finite & ~too_short(state, plan)  # as no call without a probe teaches
     finite = finite & base_energy.isfinite().all() & base_mean.isfinite().all()
     if state.gram is not None and gram is not None:

@@ -71,6 +71,9 @@ class Plan(NamedTuple):
         stored: the selections of this layer to reuse, by group name; a group that is not there runs dense.
         empty: bool scalar, only where a compiled call cannot know whether a StaticCache was reset: where it is true
             the new selection counts, else the stored one.
+        exports: an exported graph is being traced (torch.export, torch.onnx): sizes are symbols, one graph serves
+            every length, and nothing outlives it.
+        keeps: the cache came from the caller, so a selection is kept as decode steps read it.
     """
 
     shape: tuple[int, int]
@@ -79,6 +82,16 @@ class Plan(NamedTuple):
     cache: Any
     stored: dict[str, Selection]
     empty: Tensor | None = None
+    exports: bool = False
+    keeps: bool = False
+
+
+def exports() -> bool:
+    """Whether torch.export traces: the only place that asks.
+
+    Inside torch.compile `torch.compiler.is_exporting()` is true, always, up to torch 2.11.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
@@ -90,26 +103,30 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     that the guard finds too small select nothing: they reuse a selection, or run dense where there is none.
     """
     shape = hidden_states.shape[0], hidden_states.shape[1]
+    exported = exports()
     # an exported graph knows no machine
-    guarded = layer.guard_tokens > 0 and not torch.compiler.is_exporting()
+    guarded = layer.guard_tokens > 0 and not exported
     small = guarded and shape[0] * shape[1] < layer.guard_tokens
     if not layer.prunes:
-        return Plan(shape, False, False, cache, {})
+        return Plan(shape, False, False, cache, {}, exports=exported)
     if cache is None:
-        return Plan(shape, not small, False, None, {})
+        return Plan(shape, not small, False, None, {}, exports=exported)
     selections = selections_on(cache)
-    stored = _stored(layer, selections)
+    keeps = selections is not None and selections.given and not exported
     length, config = shape[1], layer.config
-    if (not stored or length >= config.min_select_tokens) and not small:
-        return Plan(shape, True, False, cache, stored)
-    if stored and torch.compiler.is_compiling():
+    if length >= config.min_select_tokens and not small:  # whatever is stored: one graph for all prompts of a length
+        return Plan(shape, True, False, cache, {}, exports=exported, keeps=keeps)
+    stored = _stored(layer, selections)
+    if not stored and not small:
+        return Plan(shape, True, False, cache, {}, exports=exported, keeps=keeps)
+    if stored and torch.compiler.is_compiling() and not exported:
         cached = cache.get_seq_length(layer.index)
         if isinstance(cached, Tensor):  # a StaticCache: `check_call` could not see whether it was reset
             if length > 1 and config.decode != "dense":
-                return Plan(shape, True, False, cache, stored, cached == 0)
+                return Plan(shape, True, False, cache, stored, cached == 0, keeps=keeps)
             torch._assert_async(cached > 0, _RESET)
     reprobes = selections is not None and selections.reprobes
-    return Plan(shape, False, reprobes, cache, {} if config.decode == "dense" else stored)
+    return Plan(shape, False, reprobes, cache, {} if config.decode == "dense" else stored, exports=exported, keeps=keeps)
 
 
 _RESET = (
@@ -122,19 +139,25 @@ def _stored(layer: LayerInfo, selections: Selections | None) -> dict[str, Select
     if selections is None:
         return {}
     groups = selections.layers.get(layer.index, {})
-    if any(s.version != layer.version for s in groups.values()):
-        return {}  # the weights changed since
+    if any(not s.current or s.version != layer.version for s in groups.values()):
+        return {}  # the cache was emptied, or the weights changed since
     return groups
 
 
-def store(layer: LayerInfo, plan: Plan, name: str, selection: Selection) -> None:
-    """Keep a selection with the generation it belongs to."""
+def new_selection(layer: LayerInfo, plan: Plan, name: str, kept: Tensor, columns: Tensor) -> Selection:
+    """A selection of these units, kept with the generation that it belongs to: in the memory of the one before."""
     if plan.cache is None:
-        return
+        return Selection(kept, columns, layer.version)
     selections = put_selections(plan.cache, layer.owner)
     if layer.index not in selections.layers:
         selections.layers[layer.index] = {}
-    selections.layers[layer.index][name] = selection
+    groups = selections.layers[layer.index]
+    if name in groups and (groups[name].holds or plan.empty is not None):
+        groups[name].choose(kept, columns, layer.version, plan.empty)
+    else:
+        groups[name] = Selection(kept, columns, layer.version, plan.keeps)
+    groups[name].exports = plan.exports
+    return groups[name]
 
 
 def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -142,7 +165,8 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
     Raises:
         StateError: the layers were changed since `transform`, gradient checkpointing would select a second time,
-            generate_batch's paged cache, or the cache holds tokens and the selections of another transform.
+            generate_batch's paged cache, or the cache holds tokens and the selections of another transform, or is
+            reserved for another one or another batch size.
     """
     info: ModelInfo = module.__dict__[INFO]
     check_inside(info.inside)
@@ -163,15 +187,39 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Drop what an emptied cache holds, refuse a foreign one."""
+    """Drop what an emptied cache holds, refuse a foreign one, and note that the cache is the caller's."""
     given = (kwargs.get("past_key_values"), kwargs.get("cache"), *args)
     cache = next((c for c in given if isinstance(c, Cache)), None)
     if cache is None:
         return
-    selections = selections_on(cache)
-    length = cache.get_seq_length()
-    known = not (isinstance(length, Tensor) and torch.compiler.is_compiling())
-    empty = known and bool(length == 0)
+    selections, (batch, length) = selections_on(cache), _shape(args, kwargs)
+    if selections is not None and selections.reserved is not None:
+        _check_reserved(info, selections, batch)
+    mine = selections is not None and selections.owner == info.owner
+    if not mine or length < info.config.min_select_tokens or info.config.guard:
+        _check_held(info, cache, selections)  # others select anew, and a look at a device's number would wait for it
+    selections = put_selections(cache, info.owner)
+    selections.given = True
+    if mine and info.config.reprobes:
+        _count(selections, batch, length, info.config)
+
+
+def _check_reserved(info: ModelInfo, selections: Selections, batch: int) -> None:
+    remedy = "call pp_fx.cache.reserve(model, cache, batch) again"
+    if selections.owner != info.owner:
+        raise StateError(
+            f"past_key_values is reserved for another model or another pp_fx.transform of this one; {remedy}"
+        )
+    if batch != selections.reserved:
+        raise StateError(
+            f"past_key_values is reserved for batch={selections.reserved}, the call has {batch} sequences; {remedy}"
+        )
+
+
+def _check_held(info: ModelInfo, cache: Cache, selections: Selections | None) -> None:
+    filled = cache.get_seq_length()
+    known = not (isinstance(filled, Tensor) and torch.compiler.is_compiling())
+    empty = known and bool(filled == 0)
     if selections is None:
         if not empty and not torch.compiler.is_compiling() and not info.config.guard:
             warnings.warn(
@@ -186,24 +234,21 @@ def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
             "past_key_values holds tokens and the selections of another model or of another pp_fx.transform of this "
             "one; start with a new cache, or reset this one"
         )
-    elif info.config.reprobes:
-        _count(selections, _tokens(args, kwargs), info.config)
 
 
-def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The call's token ids [B, T] or embeddings [B, T, H]."""
+def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """B and T of the call's token ids [B, T] or embeddings [B, T, H]."""
     given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-    return next(t for t in given if isinstance(t, Tensor))
+    tokens = next(t for t in given if isinstance(t, Tensor))
+    return tokens.shape[0], tokens.shape[1]
 
 
-def _count(selections: Selections, tokens: Tensor, config: ProbePruningConfig) -> None:
-    """Count the tokens since the last probe; a batch of another size starts the window of tokens anew."""
-    batch, length = tokens.shape[0], tokens.shape[1]
+def _count(selections: Selections, batch: int, length: int, config: ProbePruningConfig) -> None:
+    """Count the tokens since the last probe; a batch of another size starts the windows of tokens anew."""
     if selections.batch != batch:
         selections.batch, selections.age = batch, 0
-        for groups in selections.layers.values():
-            for selection in groups.values():
-                selection.window = None
+        if any(len(window) != batch for groups in selections.windows.values() for window in groups.values()):
+            selections.windows.clear()
     selections.age = 0 if length >= config.min_select_tokens else selections.age + length
     selections.reprobes = selections.age >= config.reprobe_every
     if selections.reprobes:

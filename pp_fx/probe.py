@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .buffers import keep
+from .cache import put_selections
 from .config import ceil_share
-from .plan import Plan
+from .kernels import top
+from .plan import LayerInfo, Plan
 from .state import GroupState
 
 _LARGEST = 1e9
@@ -28,20 +32,26 @@ class ProbeRows(NamedTuple):
     real: Tensor | None
 
 
-def probe_source(state: GroupState, residual: Tensor, plan: Plan) -> Tensor:
+def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerInfo) -> Tensor:
     """What the probe looks at: the residual [B, T, H] of this call, or for a re-probe that of the last tokens.
 
-    While decoding, a group that re-probes keeps the residual of the last `reprobe_every` tokens with its selection.
+    While decoding, a group that re-probes keeps the residual of the last `reprobe_every` tokens on the KV cache; the
+    prompt makes room for it.
     """
-    if plan.selects or not state.reprobes or state.name not in plan.stored:
+    decodes = state.name in plan.stored and not plan.selects
+    if not state.reprobes or not (decodes or plan.keeps):
         return residual
-    selection, size = plan.stored[state.name], state.config.reprobe_every
-    window = selection.window
-    if window is None:
+    windows, size = put_selections(plan.cache, layer.owner).windows, state.config.reprobe_every
+    if layer.index not in windows:
+        windows[layer.index] = {}
+    groups = windows[layer.index]
+    window = groups.get(state.name)
+    if window is None or window.shape[0] != residual.shape[0]:
         window = residual.new_zeros((residual.shape[0], size, residual.shape[2]))
-    window = torch.cat([window, residual], 1)[:, -size:]
-    selection.window = window
-    return window if plan.reprobes else residual
+    if decodes:
+        window = torch.cat([window, residual], 1)[:, -size:]
+    groups[state.name] = keep(groups.get(state.name), window)
+    return window if decodes and plan.reprobes else residual
 
 
 def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:
@@ -61,21 +71,22 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     settings = state.config.probe
     if settings is None:
         return None
-    if state.calibrated and not torch.compiler.is_exporting() and length < state.config.min_select_tokens:
+    if state.calibrated and not plan.exports and length < state.config.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `too_short`
     norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.promote_types(source.dtype, torch.float32))
     norm = torch.where(norm.isfinite(), norm, 0.0)
     if real is not None:
         norm = torch.where(real, norm, 0.0)
-    wanted = torch.sym_min(length, torch.sym_max(settings.min_positions, ceil_share(length, settings.token_fraction)))
-    positions = norm.norm(dim=0).topk(wanted).indices
+    smaller, larger = _bounds(plan)
+    wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
+    rank = norm.norm(dim=0)
     if settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10):
-        positions = with_first(positions)
-    positions = positions.sort().values
+        rank = torch.where(torch.arange(length, device=rank.device) == 0, torch.inf, rank)
+    positions = top(rank, wanted, plan.exports)
     samples = None
     if settings.sample_fraction < 1:
-        count = torch.sym_max(1, ceil_share(batch, settings.sample_fraction))
-        samples = norm.index_select(1, positions).norm(dim=1).topk(count).indices.sort().values
+        count = larger(1, ceil_share(batch, settings.sample_fraction))
+        samples = top(norm.index_select(1, positions).norm(dim=1), count, plan.exports)
     if real is not None:
         real = real.index_select(1, positions)
         real = real if samples is None else real.index_select(0, samples)
@@ -87,11 +98,9 @@ def too_short(state: GroupState, plan: Plan) -> Tensor:
     return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < state.config.min_select_tokens
 
 
-def with_first(ranked: Tensor) -> Tensor:
-    """Position 0 in place of the lowest ranked pick, unless it is picked already."""
-    has_first = (ranked == 0).any()
-    last = torch.where(has_first, ranked[-1:], torch.zeros_like(ranked[-1:]))
-    return torch.cat([ranked[:-1], last])
+def _bounds(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """min and max of sizes: in an exported graph of symbols, which torch.compile takes for numbers (before torch 2.12)."""
+    return (torch.sym_min, torch.sym_max) if plan.exports else (min, max)
 
 
 def take_rows(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
@@ -175,10 +184,10 @@ def probe_state(state: GroupState, inputs: tuple, parameters: tuple) -> Tensor |
     return torch.where(z.abs() <= min(_LARGEST, torch.finfo(z.dtype).max), z, 0.0)
 
 
-def sample_rows(tensor: Tensor, rows: ProbeRows, limit: int) -> tuple[Tensor, Tensor | None]:
+def sample_rows(tensor: Tensor, rows: ProbeRows, limit: int, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """At most `limit` evenly spaced probe rows of [B', T', ..] in fp32 [n, ..], and which are real [n]."""
     count = tensor.shape[0] * tensor.shape[1]
-    taken = torch.sym_min(count, limit)
+    taken = _bounds(plan)[0](count, limit)
     index = torch.arange(taken, device=tensor.device) * count // taken
     real = None if rows.real is None else rows.real.flatten().index_select(0, index)
     return tensor.flatten(0, 1).index_select(0, index).float(), real

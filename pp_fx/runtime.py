@@ -12,10 +12,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import InputError
 
 _EAGER_ATTENTION: dict[type, Any] = {}
+_SETTINGS: dict[type, tuple[str, ...]] = {}
+"""Of an attention module's class: the names of its plain attributes. torch.compile cannot list them (torch 2.11)."""
 
 
-def register_eager_attention(module: nn.Module) -> None:
-    """Remember the `eager_attention_forward` of the file that defines the module's class (or of a base class)."""
+def register_attention(module: nn.Module) -> None:
+    """Remember what `AttentionView` and the eager core need of a module's class.
+
+    That is the names of its numbers and texts, and the `eager_attention_forward` of the file that defines the class (or
+    a base class).
+    """
+    names = (name for name, v in module.__dict__.items() if isinstance(v, int | float | str | type(None)))
+    _SETTINGS[type(module)] = tuple(name for name in names if not name.startswith("_"))
     for cls in type(module).__mro__:
         found = getattr(inspect.getmodule(cls), "eager_attention_forward", None)
         if found is not None:
@@ -69,9 +77,8 @@ class AttentionView:
     """
 
     def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
-        for name, value in module.__dict__.items():
-            if not name.startswith("_") and isinstance(value, int | float | str | type(None)):
-                setattr(self, name, value)
+        for name in _SETTINGS.get(type(module), ()):
+            setattr(self, name, getattr(module, name, None))
         for name, parameter in parameters.items():
             setattr(self, name, parameter)
         self.config = module.config

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from .cache import Selection
-from .compact import rows_of
 from .compensation import COMPENSATIONS, Compensation, Known, least_squares_or_mean
 from .errors import StateError
 from .gather import gather_rows, whole_rows
-from .kernels import kept_rows
+from .kernels import top
 from .methods import SCORES, Statistics
-from .plan import store
+from .plan import new_selection
 from .probe import sample_rows, too_short
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def reused(state: GroupState, plan: Plan) -> Selection | None:
         return None
     selection = plan.stored.get(state.name)
     if selection is not None and not selection.compacts and state.holds_compact:
-        selection.compacts = True
+        selection.compacts = selection.inputs_due = selection.output_due = True
     return selection
 
 
@@ -105,7 +104,7 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
     if not selects(state, plan):
         selection = reused(state, plan)
         if selection is not None and scores is not None:
-            return _reselect(state, scores, selection, plan, layer)
+            return _reselect(state, scores, selection, plan)
         return selection
     if scores is None:
         if not state.calibrated:
@@ -113,43 +112,24 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
                 "probe=None chooses by the history, but the model is not calibrated; call pp_fx.calibrate first"
             )
         scores = history_scores(state)
-    elif torch.compiler.is_exporting() and state.calibrated:
+    elif plan.exports and state.calibrated:
         scores = torch.where(too_short(state, plan), history_scores(state), scores)
-    old = None if plan.empty is None else plan.stored[state.name]
-    selection = _selection(state, _best(state, scores), layer, plan.empty, old)
-    selection.compacts = torch.compiler.is_exporting()
+    kept = top(scores, state.kept_units, plan.exports)
+    selection = new_selection(layer, plan, state.name, kept, state.columns_of(kept))
+    selection.compacts = plan.exports or (plan.keeps and state.holds_compact)
     limit = 0 if selection.compacts else state.config.kernel_rows
     selection.in_place = limit > 0 and plan.shape[0] * plan.shape[1] <= limit
-    store(layer, plan, state.name, selection)
     return selection
 
 
-def _best(state: GroupState, scores: Tensor) -> Tensor:
-    return scores.topk(state.kept_units).indices.sort().values
-
-
-def _selection(
-    state: GroupState, kept: Tensor, layer: LayerInfo, changed: Tensor | None = None, old: Selection | None = None
-) -> Selection:
-    """A selection of the kept units; where the bool scalar `changed` is given and false, of the old ones."""
-    if changed is None or old is None:
-        return Selection(kept, state.columns_of(kept), layer.version)
-    kept = torch.where(changed, kept, old.kept)
-    selection = Selection(kept, state.columns_of(kept), layer.version)
-    selection.former = changed, old
-    return selection
-
-
-def _reselect(state: GroupState, scores: Tensor, old: Selection, plan: Plan, layer: LayerInfo) -> Selection:
+def _reselect(state: GroupState, scores: Tensor, selection: Selection, plan: Plan) -> Selection:
     """Take the selection of a re-probe; with a drift threshold only if it shares too few units with the old one."""
-    kept, threshold, drifted = _best(state, scores), state.config.drift_threshold, None
+    kept, threshold, drifted = top(scores, state.kept_units, plan.exports), state.config.drift_threshold, None
     if threshold is not None:
-        drifted = torch.isin(kept, old.kept).float().mean() < threshold
+        drifted = torch.isin(kept, selection.kept).float().mean() < threshold
         if not torch.compiler.is_compiling() and not bool(drifted):
-            return old
-    selection = _selection(state, kept, layer, drifted, old)
-    selection.compacts, selection.window = state.holds_compact, old.window
-    store(layer, plan, state.name, selection)
+            return selection
+    selection.choose(kept, state.columns_of(kept), selection.version, drifted)
     return selection
 
 
@@ -162,40 +142,35 @@ def compensate(
     plan: Plan,
 ) -> Compensation | None:
     """What stands in for the dropped units; computed with the selection and kept with it."""
-    if selection is None or selection.output is not None or state.compensation is None:
-        return None  # compact weights hold it
-    if selection.compensation is None:
-        made = _compensation(state, selection, z, rows, weight, plan)
-        if selection.former is not None:
-            changed, old = selection.former
-            made, selection.former = _choose(changed, made, _held(old, weight)), None
-        selection.compensation = made
-    return selection.compensation
+    if selection is None or state.compensation is None:
+        return None
+    if selection.uncompensated:
+        return selection.compensate(_compensation(state, selection, z, rows, weight, plan))
+    return selection.compensation  # None where compact weights hold it
 
 
 def _compensation(
     state: GroupState, selection: Selection, z: Tensor | None, rows: ProbeRows | None, weight: Tensor, plan: Plan
 ) -> Compensation:
     config, name = state.config, state.compensation
-    exporting = torch.compiler.is_exporting()
     if (
         name == "least_squares"
-        and not exporting
+        and not plan.exports
         and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens
     ):
         name = "mean"
     sampled: tuple[Tensor | None, Tensor | None] = None, None
     if z is not None and rows is not None:
-        sampled = sample_rows(z, rows, config.compensation_rows) if name == "least_squares" else _all(z, rows)
+        sampled = sample_rows(z, rows, config.compensation_rows, plan) if name == "least_squares" else _all(z, rows)
     variance, energy = None, state.energy
     if energy is not None and state.mean is not None:
         energy = energy.mean(0) if energy.ndim == 2 else energy
         variance = (energy - state.mean.square()).clamp(min=0)
     share = config.compensation_mix * state.seen
-    if exporting and state.calibrated and sampled[0] is not None:
+    if plan.exports and state.calibrated and sampled[0] is not None:
         share = torch.where(too_short(state, plan), 1.0, share)
-    known = Known(selection.columns, state.mean, variance, state.directions, *sampled, share)
-    if exporting and name == "least_squares":
+    known = Known(selection.columns, state.mean, variance, state.directions, *sampled, share, plan.exports)
+    if plan.exports and name == "least_squares":
         tokens = torch.scalar_tensor(plan.shape[0] * plan.shape[1], dtype=torch.int64)
         solves = tokens >= config.compensation_min_tokens
         return least_squares_or_mean(solves, weight, known, config.compensation_ridge)
@@ -210,25 +185,3 @@ def _tokens(state: GroupState, plan: Plan) -> int:
 def _all(z: Tensor, rows: ProbeRows) -> tuple[Tensor, Tensor | None]:
     """All probe rows [n, C] in fp32, and which are real [n]."""
     return z.float().flatten(0, 1), None if rows.real is None else rows.real.flatten()
-
-
-def _held(selection: Selection, weight: Tensor) -> Compensation | None:
-    """The compensation of a selection, whose compact weights may have taken its correction in."""
-    if selection.output is None or selection.compensation is None:
-        return selection.compensation
-    kept = kept_rows(weight.t(), selection.columns)
-    return Compensation(selection.compensation.vector, (rows_of(selection.output).t() - kept,))
-
-
-def _choose(changed: Tensor, new: Compensation, old: Compensation | None) -> Compensation:
-    """`new` where the bool scalar is true, else `old`; without a correction is with one of zeros."""
-    if old is None:
-        return new
-    vector = torch.where(changed, new.vector, old.vector)
-    first, second = new.dense_correction(), old.dense_correction()
-    if first is None and second is None:
-        return Compensation(vector, None)
-    zero = vector.new_zeros(())
-    return Compensation(
-        vector, (torch.where(changed, zero if first is None else first, zero if second is None else second),)
-    )

@@ -55,7 +55,7 @@ def find_structures(
     for i, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "config"):
-                runtime.register_eager_attention(module)
+                runtime.register_attention(module)
         key = structure_key(layer)
         if key in found:
             continue

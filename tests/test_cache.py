@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import pp_fx
+from pp_fx import compact
 from pp_fx.cache import compact_bytes, forget, selections_on
 from pp_fx.compact import rows_of
 from pp_fx.errors import StateError
@@ -31,7 +32,8 @@ def call(model, ids, cache, **kwargs):
 
 
 def kept(cache):
-    return {(i, n): s.kept for i, groups in selections_on(cache).layers.items() for n, s in groups.items()}
+    """Copies: the next prompt writes into the same memory."""
+    return {(i, n): s.kept.clone() for i, groups in selections_on(cache).layers.items() for n, s in groups.items()}
 
 
 def same(a, b):
@@ -148,13 +150,19 @@ def test_one_compiled_token_on_a_reset_static_cache_raises_with_the_remedy(model
     torch._dynamo.reset()
 
 
-def test_a_deep_copy_shares_the_weights_and_goes_its_own_way(model, ids):
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_deep_copy_goes_its_own_way(model, ids, packed, monkeypatch):
+    """It shares packed weights, which nothing writes to."""
+    if not packed:
+        monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
+    elif torch.float32 not in compact.PACKED_DTYPES:
+        pytest.skip("oneDNN packs nothing here")
     cache = make("dynamic", model)
     call(model, ids, cache)
     call(model, ids[:, :1], cache)
     copied = copy.deepcopy(cache)
     ours, theirs = (selections_on(c).layers[2]["mlp"].inputs[0][0].weight for c in (cache, copied))
-    assert ours is theirs
+    assert (ours is theirs) == packed
     before = kept(cache)
     assert torch.equal(call(model, ids[:, 5:6], copied), call(model, ids[:, 5:6], cache))
     call(model, other(ids), copied)
@@ -223,9 +231,14 @@ def test_compact_weights_are_counted_and_limited(model, ids):
     attention = states["attention"].kept_units * 16 * 2 * 64 + 64
     expected, cache = decode(model, ids)
     assert compact_bytes(cache) == 2 * 4 * (mlp + attention)  # two pruned layers, fp32
-    prefilled = make("dynamic", model)
-    call(model, ids, prefilled)
-    assert compact_bytes(prefilled) == 0  # a plain forward pays nothing
+    given = make("dynamic", model)
+    call(model, ids, given)
+    assert compact_bytes(given) == 2 * 4 * (mlp + attention)  # the prompt keeps what it gathers
+    with torch.no_grad():
+        own = model(ids).past_key_values
+    assert compact_bytes(own) == 0  # a plain forward, which makes its cache itself, pays nothing
+    call(model, ids[:, :1], own)
+    assert compact_bytes(own) == 2 * 4 * (mlp + attention)
     pp_fx.restore(model)
     per_layer = 4 * (mlp + attention) / 2**20
     for limit, held in ((0, 0), (per_layer * 1.01, 1), (1000, 2)):

@@ -157,8 +157,7 @@ def test_a_batch_of_another_size_starts_the_window_anew(llama, ids):
     call(llama, ids[:, :2], cache)
     cache.batch_select_indices(torch.tensor([0]))
     call(llama, ids[:1, :2], cache)
-    selection = selections_on(cache).layers[2]["mlp"]
-    assert selection.window.shape[0] == 1
+    assert selections_on(cache).windows[2]["mlp"].shape[0] == 1
     assert selections_on(cache).age == 2  # the two tokens before do not count
     call(llama, ids[:1, :1], cache)
     assert selections_on(cache).age == 0  # probed

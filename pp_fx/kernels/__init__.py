@@ -1,5 +1,6 @@
 """Kept rows, and products with them as torch.library operators, which compilers leave whole; Triton kernels on CUDA."""
 
 from .gather_linear import gather_linear, gather_output, kept_rows, large
+from .top import top
 
-__all__ = ["gather_linear", "gather_output", "kept_rows", "large"]
+__all__ = ["gather_linear", "gather_output", "kept_rows", "large", "top"]

@@ -34,17 +34,21 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def kept_rows(weight: Tensor, kept: Tensor) -> Tensor:
+def kept_rows(weight: Tensor, kept: Tensor, exports: bool = False, out: Tensor | None = None) -> Tensor:
     """weight[kept] in the memory layout of the weight.
 
     Args:
         weight: [C, H], its rows or (a CPU's output projection) its columns contiguous.
         kept: int64 [k], in [0, C).
+        exports: an exported graph is being traced.
+        out: memory [k, H] to write to, of an uncompiled call without gradients.
 
     Returns:
         [k, H].
     """
-    if torch.compiler.is_exporting():
+    if out is not None:
+        return torch.index_select(weight, 0, kept, out=out)
+    if exports:
         return weight.index_select(0, kept)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
         return weight.index_select(0, kept) if weight.stride(-1) == 1 else weight.t().index_select(1, kept).t()
@@ -99,9 +103,9 @@ def gather_output(z: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
 
 
 def large(weight: Tensor, kept: Tensor) -> bool:
-    """Whether a copy of these rows of a weight [C, H] needs the workspace: on a CPU, not in an exported graph."""
+    """Whether a copy of these rows of a weight [C, H] needs the workspace: on a CPU, where it is large."""
     size = kept.shape[0] * weight.shape[1] * weight.element_size()
-    return weight.device.type == "cpu" and not torch.compiler.is_exporting() and size >= _LARGE
+    return weight.device.type == "cpu" and size >= _LARGE
 
 
 @gather_linear.register_fake
