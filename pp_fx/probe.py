@@ -79,14 +79,14 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         norm = torch.where(real, norm, 0.0)
     smaller, larger = _bounds(plan)
     wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
-    rank = norm.norm(dim=0)
+    rank = norm.square().sum(0).sqrt()
     if settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10):
         rank = torch.where(torch.arange(length, device=rank.device) == 0, torch.inf, rank)
     positions = top(rank, wanted, plan.exports)
     samples = None
     if settings.sample_fraction < 1:
         count = larger(1, ceil_share(batch, settings.sample_fraction))
-        samples = top(norm.index_select(1, positions).norm(dim=1), count, plan.exports)
+        samples = top(norm.index_select(1, positions).square().sum(1), count, plan.exports)
     if real is not None:
         real = real.index_select(1, positions)
         real = real if samples is None else real.index_select(0, samples)

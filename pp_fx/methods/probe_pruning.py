@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..config import ProbeConfig
@@ -20,7 +21,9 @@ def _units(given: Statistics) -> Tensor:
     The paper's || c_j * W[:, j]^2 ||_2 equals c_j * || W[:, j]^2 ||_2, because c_j >= 0 is one number per channel;
     a head's score is the Frobenius norm over its channels.
     """
-    return (given.energy * given.column).norm(dim=-1)
+    weighted = given.energy * given.column
+    # a channel is its own norm; torch 2.11's compiler gives a norm over one number the wrong shape
+    return weighted[:, 0] if weighted.shape[1] == 1 else torch.linalg.vector_norm(weighted, dim=-1)
 
 
 SCORES["ppsp"] = Score(_column, _units)
