@@ -137,7 +137,7 @@ def compare(directory: Path, model: Any, seed: int = 0) -> Check:
 def _shapes(config: ProbePruningConfig, longest: int) -> list[tuple[int, int]]:
     """Batch and length of the prompts; lengths no larger than the model allows."""
     long = min(longest, config.min_select_tokens + 9)
-    return [(1, min(longest, 5)), (2, long), (1 + config.compensation_min_tokens // long, long)]
+    return [(1, min(longest, 5)), (2, long), (1 + (config.compensation_min_tokens or 0) // long, long)]
 
 
 def _rebuild(directory: Path) -> Any:

@@ -321,7 +321,9 @@ def compare_command(
     length: Length = 512,
     batch: Batch = 20,
     dtype: Dtype = "bfloat16",
-    round_to: Annotated[int, typer.Option(help="Kept MLP channels are a multiple of it (paper's own: 64).")] = 16,
+    round_to: Annotated[
+        int | None, typer.Option(help="Kept MLP channels are a multiple of it (paper's own: 64); else the device's own.")
+    ] = None,
     time_batch: Annotated[int, typer.Option(help="Sequences of the timed forward passes; 0: no timing.")] = 4,
     json_file: Json = None,
     plot_file: Annotated[str | None, typer.Option("--plot", help="Write the plot as PNG to FILE.")] = None,
@@ -337,7 +339,7 @@ def compare_command(
     ids, sample = sequences(texts[0], tokenizer, sequence_count, length), _calibration(texts[1], tokenizer)
     result = compare(
         loaded, ids, sample, methods=names, ratios=shares, attention_ratio=attention_ratio, batch=batch,
-        time_batch=time_batch, changes={"round_to": round_to}, progress=json_file != "-",
+        time_batch=time_batch, changes={} if round_to is None else {"round_to": round_to}, progress=json_file != "-",
     )  # fmt: skip
     title = f"{model}, {ids.shape[0]} x {length} tokens"
     result = {"model": model, **result, "versions": versions()}

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from .devices import defaults
 from .errors import ConfigError
 
 VERSION = 1
@@ -108,6 +109,7 @@ class ProbePruningConfig:
         attention_ratio: share of query heads dropped, likewise. Keys, values and the KV cache stay whole.
         skip_layers: the first so many layers stay dense where a ratio is one number.
         round_to: kept MLP channels are rounded up to a multiple of it (at most all). Dropped heads are rounded down.
+            None: what suits the model's device (`pp_fx.devices`): 16 on a CPU, 64 on CUDA.
         ratio_digits: round the per-layer ratio to so many digits (the authors: 2); None keeps it exact.
         probe: which rows run ahead; None: none, the units are chosen by the calibrated history alone (static).
         history: keep running statistics per "channel", per "position" and channel, or None (probe alone).
@@ -129,6 +131,7 @@ class ProbePruningConfig:
         compensation_ridge: share of the mean variance of the kept channels that "least_squares" adds to each of them.
         compensation_min_tokens: a selection for fewer tokens (B x T) takes "mean" in place of "least_squares", whose
             cost does not fall with the number of tokens: there a smaller ratio buys more quality for the same time.
+            None: what suits the model's device (`pp_fx.devices`): 2048 on a CPU, 16384 on CUDA.
         min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
             selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
             (a probe would cost more than its share), else by its probe.
@@ -155,7 +158,7 @@ class ProbePruningConfig:
     mlp_ratio: float | tuple[float, ...] = 0.4
     attention_ratio: float | tuple[float, ...] = 0.0
     skip_layers: int = 3
-    round_to: int = 16
+    round_to: int | None = None
     ratio_digits: int | None = None
     probe: ProbeConfig | None = field(default_factory=ProbeConfig)
     history: str | None = "channel"
@@ -172,7 +175,7 @@ class ProbePruningConfig:
     compensation_rank: int = 64
     compensation_rows: int = 256
     compensation_ridge: float = 0.1
-    compensation_min_tokens: int = 2048
+    compensation_min_tokens: int | None = None
     min_select_tokens: int = 32
     decode: str = "sticky"
     reprobe_every: int = 32
@@ -189,9 +192,9 @@ class ProbePruningConfig:
         _ratio("mlp_ratio", self.mlp_ratio)
         _ratio("attention_ratio", self.attention_ratio)
         _integer("skip_layers", self.skip_layers, 0)
-        _integer("round_to", self.round_to, 1)
-        if self.ratio_digits is not None:
-            _integer("ratio_digits", self.ratio_digits, 1)
+        for name in ("round_to", "ratio_digits", "compensation_min_tokens"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
         if not isinstance(self.probe, ProbeConfig | None):
             raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
         _choice("history", self.history, _HISTORY_KINDS)
@@ -205,7 +208,7 @@ class ProbePruningConfig:
         _choice("mlp_compensation", self.mlp_compensation, (*COMPENSATIONS, None))
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)
-        for name in ("compensation_rank", "compensation_rows", "compensation_min_tokens"):
+        for name in ("compensation_rank", "compensation_rows"):
             _integer(name, getattr(self, name), 1)
         _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
         _integer("min_select_tokens", self.min_select_tokens, 1)
@@ -284,6 +287,15 @@ class ProbePruningConfig:
                 f"{layers - self.skip_layers} layers, more than {LARGEST_RATIO}; lower {name} or skip_layers"
             )
         return [0.0] * self.skip_layers + [carried] * (layers - self.skip_layers)
+
+    def on(self, device: str) -> ProbePruningConfig:
+        """The configuration with a value for everything that it leaves to the device.
+
+        Args:
+            device: its type, for example "cuda".
+        """
+        open_ = {name: value for name, value in defaults(device)._asdict().items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **open_) if open_ else self
 
     @property
     def reprobes(self) -> bool:

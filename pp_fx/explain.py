@@ -20,7 +20,7 @@ from .exported import LAYER
 from .groups import AttentionGroup, Group
 from .macs import Macs, layer_macs, running_units
 from .structure import find_structures
-from .transform import carried_ratios, config_of, is_transformed, kept_units, layers_of
+from .transform import carried_ratios, config_of, is_transformed, kept_units, layers_of, on_device
 
 
 @dataclass(frozen=True)
@@ -144,23 +144,24 @@ def explain(
     if isinstance(model, PreTrainedConfig):
         model = _fake_model(model)
     _, layers = find_layers(model)
-    ratios = carried_ratios(config, len(layers))
+    ratios, chosen = carried_ratios(config, len(layers)), on_device(config, model)
     structures, _ = find_structures(model, layers, config)
     reports = []
     for index, layer in enumerate(layers):
         found = structures[structure_key(layer)]
-        kept = {kind: kept_units(group, ratios[kind][index], config) for kind, group in found.groups.items()}
-        macs = layer_macs(layer, found.groups, kept, config, batch, length)
+        kept = {kind: kept_units(group, ratios[kind][index], chosen) for kind, group in found.groups.items()}
+        macs = layer_macs(layer, found.groups, kept, chosen, batch, length)
         reports.append(_report(index, found.groups, kept, found.reasons, macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
 
 def _of_transformed(model: nn.Module, batch: int, length: int) -> Explanation:
     config = config_of(model)
+    chosen = on_device(config, model)
     reports = []
     for index, layer in enumerate(layers_of(model)):
         kept = {kind: state.kept_units for kind, state in layer.states().items()}
-        macs = layer_macs(layer, layer.groups, running_units(layer, batch * length), config, batch, length)
+        macs = layer_macs(layer, layer.groups, running_units(layer, batch * length), chosen, batch, length)
         reports.append(_report(index, layer.groups, kept, [*layer.reasons, *_guarded(layer)], macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 

@@ -120,7 +120,7 @@ def _compensation_macs(
     name = config.mlp_compensation if group.kind == "mlp" else config.attention_compensation
     if name is None:
         return 0.0
-    if name != "least_squares" or tokens < config.compensation_min_tokens:
+    if name != "least_squares" or tokens < (config.compensation_min_tokens or 0):
         return weight
     ranked = 0 if config.history is None else min(config.compensation_rank, group.units * group.width) + 1
     n = ranked + min(rows, config.compensation_rows)

@@ -156,7 +156,7 @@ def _compensation(
     if (
         name == "least_squares"
         and not plan.exports
-        and plan.shape[0] * _tokens(state, plan) < config.compensation_min_tokens
+        and plan.shape[0] * _tokens(state, plan) < (config.compensation_min_tokens or 0)
     ):
         name = "mean"
     sampled: tuple[Tensor | None, Tensor | None] = None, None
@@ -172,7 +172,7 @@ def _compensation(
     known = Known(selection.columns, state.mean, variance, state.directions, *sampled, share, plan.exports)
     if plan.exports and name == "least_squares":
         tokens = torch.scalar_tensor(plan.shape[0] * plan.shape[1], dtype=torch.int64)
-        solves = tokens >= config.compensation_min_tokens
+        solves = tokens >= (config.compensation_min_tokens or 0)
         return least_squares_or_mean(solves, weight, known, config.compensation_ridge)
     return COMPENSATIONS[name](weight, known, config.compensation_ridge)  # type: ignore[index]
 

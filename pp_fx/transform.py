@@ -83,7 +83,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     path, layers = find_layers(model)
     for i, layer in enumerate(layers):
         refuse_hooks(i, layer)
-    carried = carried_ratios(config, len(layers))
+    carried, chosen = carried_ratios(config, len(layers)), on_device(config, model)
     structures, calls = find_structures(model, layers, config)
     dense = [run_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
     _warn_dense(model, structures.values(), carried)
@@ -92,9 +92,10 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         structure = structures[structure_key(layer)]
         states = {}
         for kind, group in structure.groups.items():
-            states[kind] = _state(layer, structure, group, kept_units(group, carried[kind][i], config), config)
+            states[kind] = _state(layer, structure, group, kept_units(group, carried[kind][i], chosen), chosen)
         prepared.append((layer, structure.cls, states))
     _limit_compact(prepared, config)
+    _warn_odd(chosen, model)
     owner, holder = next(_owners), model.get_submodule(path.rpartition(".")[0])
     done: list[nn.Module] = []
     try:
@@ -151,11 +152,17 @@ def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[str, list[fl
     return {kind: config.layer_ratios(f"{kind}_ratio", layers) for kind in ("mlp", "attention")}
 
 
+def on_device(config: ProbePruningConfig, model: nn.Module) -> ProbePruningConfig:
+    """The configuration with the values that the model's device takes for what it leaves open."""
+    return config.on(next((p.device.type for p in model.parameters()), "cpu"))
+
+
 def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
     """How many channels (rounded up to a multiple of `round_to`) or heads of a group run at a per-layer ratio."""
     kept = group.units - int(ratio * group.units)
     if group.kind == "mlp" and ratio > 0:
-        kept = min(group.units, -(-kept // config.round_to) * config.round_to)
+        multiple = config.round_to or 1
+        kept = min(group.units, -(-kept // multiple) * multiple)
     return kept
 
 
@@ -217,6 +224,16 @@ def _check(model: nn.Module, config: Any) -> ProbePruningConfig:
 def _has_dropout(model: nn.Module) -> bool:
     layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     return layers or bool(getattr(getattr(model, "config", None), "attention_dropout", 0))
+
+
+def _warn_odd(config: ProbePruningConfig, model: nn.Module) -> None:
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    if on_cuda and config.round_to is not None and config.round_to % 8:
+        warnings.warn(
+            f"round_to={config.round_to} keeps counts that are no multiple of 8, whose products are slower on CUDA than "
+            "those of all channels; leave round_to out, or give a multiple of 8",
+            stacklevel=3,
+        )
 
 
 def _warn_dense(model: nn.Module, structures: Any, carried: dict[str, list[float]]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pp_fx
-from pp_fx.kernels import gather_linear, gather_output, kept_rows
+from pp_fx.kernels import gather_linear, gather_output, kept_rows, top
 
 from .conftest import tiny_llama
 
@@ -104,16 +104,6 @@ def test_the_kernels_in_tritons_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-if __name__ == "__main__":
-    from pp_fx.kernels.triton_gather import linear, output
-
-    @settings(max_examples=6, deadline=None)
-    @given(*SHAPES)
-    def interpreted(rows, hidden, channels, data):
-        # numpy, the interpreter's ground, multiplies no bf16
-        agrees(linear, output, rows, hidden, channels, data, half=torch.float16)
-
-    interpreted()
 
 
 def test_the_workspace_serves_every_mode_and_thread():
@@ -145,3 +135,61 @@ def test_large_weights_in_the_workspace_give_the_same(ids, changes, min_tokens, 
         large = [model(x).logits for x in (ids, ids[:1])]
     for found, expected in zip(large, whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def picks_the_largest(top, scores, count):
+    """Ascending places, none twice, of the largest scores; of the first among equals where the kernel chooses."""
+    places = top(scores, count)
+    assert places.dtype == torch.int64
+    assert torch.equal(places, places.unique())
+    assert torch.equal(scores[places].sort().values, scores.sort().values[len(scores) - count :])
+
+
+SCORES = st.tuples(st.integers(1, 700), st.integers(0, 99), st.sampled_from(["normal", "equal", "infinite"]), st.data())
+
+
+def scores(size, seed, kind, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "equal":
+        return torch.randint(-2, 3, (size,), generator=generator).float().to(device)
+    found = torch.randn(size, generator=generator)
+    if kind == "infinite":
+        found[0] = torch.inf
+    return found.to(device)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCORES)
+def test_top_gives_the_largest_in_order(case):
+    size, seed, kind, data = case
+    picks_the_largest(top, scores(size, seed, kind), data.draw(st.integers(1, size)))
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None)
+@given(SCORES)
+def test_top_on_a_gpu(case):
+    size, seed, kind, data = case
+    given_scores, count = scores(size, seed, kind, "cuda"), data.draw(st.integers(1, size))
+    picks_the_largest(top, given_scores, count)
+    picks_the_largest(torch.compile(top, fullgraph=True), given_scores, count)
+
+
+if __name__ == "__main__":
+    from pp_fx.kernels import triton_top
+    from pp_fx.kernels.triton_gather import linear, output
+
+    @settings(max_examples=6, deadline=None)
+    @given(*SHAPES)
+    def interpreted(rows, hidden, channels, data):
+        # numpy, the interpreter's ground, multiplies no bf16
+        agrees(linear, output, rows, hidden, channels, data, half=torch.float16)
+
+    @settings(max_examples=30, deadline=None)
+    @given(SCORES)
+    def interpreted_top(case):
+        size, seed, kind, data = case
+        picks_the_largest(triton_top.top, scores(size, seed, kind), data.draw(st.integers(1, size)))
+
+    interpreted()
+    interpreted_top()
