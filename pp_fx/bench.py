@@ -151,7 +151,7 @@ def bench(
             extra = _decode(sides, ids, new_tokens, compiled, progress)
     gate = "wall" if device.type == "cuda" else "cpu"
     dense, slim = sides["dense"], sides["pruned"]
-    ideals = _ideal_prefill(model, pruned, ids) if phase == "prefill" else _ideal_decode(model, pruned, ids, new_tokens)
+    ideals = ideal_prefill(model, pruned, ids) if phase == "prefill" else ideal_decode(model, pruned, ids, new_tokens)
     return {
         "dense_ms": dense.blocks.median(gate),
         "pruned_ms": slim.blocks.median(gate),
@@ -231,7 +231,7 @@ def _decode(sides: dict[str, _Side], ids: Tensor, new_tokens: int, compiled: boo
     return {"first_step_ms": first, "compact_mb": compact_bytes(caches["pruned"]) / 2**20}
 
 
-def _ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, float]]:
+def ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, float]]:
     batch, length = ids.shape
     macs, core = count_macs(pruned, batch, length), attention_core_macs(dense.config, length)
     kept = macs.pruned + core * kept_head_share(pruned, batch * length)
@@ -245,7 +245,7 @@ def _ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, 
     }
 
 
-def _ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict[str, dict[str, float]]:
+def ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict[str, dict[str, float]]:
     batch, length = ids.shape
     element = head_weight(dense).element_size()
     cached = key_value_bytes(dense.config, batch, length + new_tokens / 2, element)

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models, and the real embedded one where its package is installed."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -9,9 +10,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pp_fx
 
+from .device import DEVICE, put_on_device, to_device
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # for reliability/mutations.py, which asks only whether anything fails
 hypothesis.settings.register_profile("unshrunk", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+
+
+def pytest_collection_modifyitems(items):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests.") and name != "tests.device":
+            put_on_device(module)
+
+
+def pytest_report_header():
+    return f"pp_fx: device {DEVICE}"
 
 
 def tiny_llama(
@@ -39,7 +52,7 @@ def tiny_llama(
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1) if p.ndim == 1 else p.mul_(4)
-    return model
+    return to_device(model)
 
 
 @pytest.fixture
@@ -49,7 +62,7 @@ def llama():
 
 @pytest.fixture
 def ids():
-    return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+    return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 EXPORTED = pp_fx.ProbePruningConfig(

@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM
 
+from .device import to_device
+
 VOCABULARY = 128
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -172,4 +174,4 @@ def build(name: str, implementation: str | None = None) -> Any:
                 parameter.mul_(3.0)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model
+    return to_device(model)

@@ -17,6 +17,7 @@ from transformers import (
 import pp_fx
 
 from .conftest import tiny_llama
+from .device import to_device
 
 DENSE = pp_fx.ProbePruningConfig(mlp_ratio=0.0)
 PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
@@ -43,7 +44,7 @@ def tiny_mistral():
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4) if p.ndim > 1 else p
-    return model
+    return to_device(model)
 
 
 MODES = {
