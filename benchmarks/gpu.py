@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     parser.add_argument("--quick", action="store_true", help="two rows and the products, 2 minutes")
     parser.add_argument("--minutes", type=float, default=6, help="no row begins later")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds it, for example decode")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     parser.add_argument("--repeats", type=int, default=9)
@@ -265,7 +266,8 @@ def main() -> None:
     result["products"] = products(device, dtype, *sizes)
     write(options.out.with_suffix(".json"), result)
     slowest: tuple[float, str, Any] = (0.0, "", None)
-    for row in TINY if options.tiny else QUICK if options.quick else ROWS:
+    rows = TINY if options.tiny else QUICK if options.quick else ROWS
+    for row in (r for r in rows if options.only in r.name):
         if time.monotonic() - began > 60 * (1.5 if options.quick else options.minutes):
             result["left_out"].append(row.name)
             continue

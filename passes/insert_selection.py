@@ -18,7 +18,7 @@ class InsertSelection(Pass):
                 found = block.call(gram.probe_gram, args, inserted.name("gram")) if group.kind == "attention" else None
                 inserted.gram = found
             with block.graph.inserting_after(found or nodes["probe_state"]):
-                args = (nodes["state"], nodes["probe_state"], nodes["rows"], found)
+                args = (nodes["state"], nodes["probe_state"], nodes["rows"], found, block.plan)
                 nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
             with block.graph.inserting_after(nodes["score"]):
                 chosen = (nodes["state"], nodes["score"], block.plan, block.layer)

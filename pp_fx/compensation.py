@@ -110,7 +110,7 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
         weight: output projection [H, C].
         ridge: share of the mean of d_S.
     """
-    mu, dropped = _mean(known), _dropped(known.kept, weight.shape[1])
+    mu, dropped = _mean(known), _dropped(known, weight.shape[1])
     factor, diagonal = _covariance(known, mu)
     kept = diagonal.index_select(0, known.kept)
     scale = (kept + ridge * kept.mean()).clamp(min=_TINY).rsqrt()
@@ -160,10 +160,10 @@ def _mean(known: Known) -> Tensor:
     return probe if known.mean is None else known.share * known.mean + (1 - known.share) * probe
 
 
-def _dropped(kept: Tensor, channels: int) -> Tensor:
+def _dropped(known: Known, channels: int) -> Tensor:
     """The columns that are not kept, ascending: int64 [C - k]."""
-    mask = torch.ones(channels, device=kept.device).index_fill(0, kept, 0)
-    return mask.topk(channels - kept.shape[0]).indices.sort().values
+    mask = torch.ones(channels, device=known.kept.device).index_fill(0, known.kept, 0)
+    return kernels.top(mask, channels - known.kept.shape[0], known.exports)
 
 
 def _row_weights(known: Known) -> Tensor:

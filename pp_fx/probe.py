@@ -73,20 +73,20 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None
     if state.calibrated and not plan.exports and length < state.config.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `too_short`
-    norm = torch.linalg.vector_norm(source, dim=-1, dtype=torch.promote_types(source.dtype, torch.float32))
-    norm = torch.where(norm.isfinite(), norm, 0.0)
+    energy = _energy(source)
+    energy = torch.where(energy.isfinite(), energy, 0.0)
     if real is not None:
-        norm = torch.where(real, norm, 0.0)
+        energy = torch.where(real, energy, 0.0)
     smaller, larger = _bounds(plan)
     wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
-    rank = norm.square().sum(0).sqrt()
+    rank = energy.sum(0)
     if settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10):
         rank = torch.where(torch.arange(length, device=rank.device) == 0, torch.inf, rank)
     positions = top(rank, wanted, plan.exports)
     samples = None
     if settings.sample_fraction < 1:
         count = larger(1, ceil_share(batch, settings.sample_fraction))
-        samples = top(norm.index_select(1, positions).square().sum(1), count, plan.exports)
+        samples = top(energy.index_select(1, positions).sum(1), count, plan.exports)
     if real is not None:
         real = real.index_select(1, positions)
         real = real if samples is None else real.index_select(0, samples)
@@ -96,6 +96,14 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
 def too_short(state: GroupState, plan: Plan) -> Tensor:
     """Bool scalar of an exported graph: the prompt is too short for a probe, so the history alone decides."""
     return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < state.config.min_select_tokens
+
+
+def _energy(source: Tensor) -> Tensor:
+    """The squared norm of every row of [B, T, H]: fp32 (or fp64) [B, T]."""
+    dtype = torch.promote_types(source.dtype, torch.float32)
+    if torch.compiler.is_dynamo_compiling():  # written out it shares one pass over the rows with the layer's own norm
+        return source.to(dtype).square().sum(-1)
+    return torch.linalg.vector_norm(source, dim=-1, dtype=dtype).square()
 
 
 def _bounds(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -29,7 +29,9 @@ def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
     return probe * (probe * share) + history * (history * share)
 
 
-def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None, gram: Tensor | None) -> Tensor | None:
+def unit_scores(
+    state: GroupState, z: Tensor | None, rows: ProbeRows | None, gram: Tensor | None, plan: Plan
+) -> Tensor | None:
     """Score of every unit from the probe state z [B', T', C] and its Gram matrix: fp32 [units], or None."""
     from .probe import probe_channel_moment, probe_moment
 
@@ -56,20 +58,22 @@ def unit_scores(state: GroupState, z: Tensor | None, rows: ProbeRows | None, gra
         mean = share * state.mean + (1 - share) * mean
         if gram is not None and state.gram is not None:
             gram = share * state.gram + (1 - share) * gram
-    return score.units(_statistics(state, p.sum(0) / seen, mean, gram))
+    return score.units(_statistics(state, p.sum(0) / seen, mean, gram, plan.exports))
 
 
-def history_scores(state: GroupState) -> Tensor:
+def history_scores(state: GroupState, exports: bool = False) -> Tensor:
     """Score of every unit from the history alone: fp32 [units]. For prompts too short to probe."""
     energy: Any = state.energy
     if energy.ndim == 2:
         energy = energy.mean(0)
-    return SCORES[state.score].units(_statistics(state, energy, state.mean, state.gram))
+    return SCORES[state.score].units(_statistics(state, energy, state.mean, state.gram, exports))
 
 
-def _statistics(state: GroupState, energy: Tensor, mean: Tensor | None, gram: Tensor | None) -> Statistics:
+def _statistics(
+    state: GroupState, energy: Tensor, mean: Tensor | None, gram: Tensor | None, exports: bool
+) -> Statistics:
     shape, dropped = (state.units, state.width), state.units - state.kept_units
-    return Statistics(energy.view(shape), mean.view(shape), state.column, dropped, gram)  # type: ignore[union-attr]
+    return Statistics(energy.view(shape), mean.view(shape), state.column, dropped, gram, exports)  # type: ignore[union-attr]
 
 
 def selects(state: GroupState, plan: Plan) -> bool:
@@ -111,9 +115,9 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
             raise StateError(
                 "probe=None chooses by the history, but the model is not calibrated; call pp_fx.calibrate first"
             )
-        scores = history_scores(state)
+        scores = history_scores(state, plan.exports)
     elif plan.exports and state.calibrated:
-        scores = torch.where(too_short(state, plan), history_scores(state), scores)
+        scores = torch.where(too_short(state, plan), history_scores(state, True), scores)
     kept = top(scores, state.kept_units, plan.exports)
     selection = new_selection(layer, plan, state.name, kept, state.columns_of(kept))
     selection.compacts = plan.exports or (plan.keeps and state.holds_compact)

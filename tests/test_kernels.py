@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pp_fx
-from pp_fx.kernels import gather_linear, gather_output, kept_rows, top
+from pp_fx.kernels import drop_jointly, gather_linear, gather_output, kept_rows, top
 
 from .conftest import tiny_llama
 
@@ -175,8 +175,42 @@ def test_top_on_a_gpu(case):
     picks_the_largest(torch.compile(top, fullgraph=True), given_scores, count)
 
 
+def some_gram(heads, seed, device="cpu"):
+    outputs = torch.randn(heads, 5, generator=torch.Generator().manual_seed(seed))
+    return (outputs @ outputs.t() + torch.eye(heads)).to(device)
+
+
+HEADS = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(0, 99)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(HEADS)
+def test_heads_are_dropped_greedily(case):
+    heads, dropped, seed = case
+    gram = some_gram(heads, seed)
+    order = drop_jointly(gram, dropped)
+    gone = []
+    for step in range(dropped):
+        left = [h for h in range(heads) if h not in gone]
+        joint = [gram[[*gone, h]][:, [*gone, h]].sum().item() for h in left]
+        chosen = int((order == step).nonzero())
+        assert chosen in left
+        assert gram[[*gone, chosen]][:, [*gone, chosen]].sum().item() <= min(joint) + 1e-3
+        gone.append(chosen)
+    assert order.isinf().sum() == heads - dropped
+
+
+@pytest.mark.gpu
+@settings(max_examples=30, deadline=None)
+@given(HEADS)
+def test_heads_are_dropped_on_a_gpu_as_on_the_cpu(case):
+    heads, dropped, seed = case
+    gram = some_gram(heads, seed)
+    assert torch.equal(drop_jointly(gram.to("cuda"), dropped).cpu(), drop_jointly(gram, dropped))
+
+
 if __name__ == "__main__":
-    from pp_fx.kernels import triton_top
+    from pp_fx.kernels import triton_drop, triton_top
     from pp_fx.kernels.triton_gather import linear, output
 
     @settings(max_examples=6, deadline=None)
@@ -191,5 +225,13 @@ if __name__ == "__main__":
         size, seed, kind, data = case
         picks_the_largest(triton_top.top, scores(size, seed, kind), data.draw(st.integers(1, size)))
 
+    @settings(max_examples=30, deadline=None)
+    @given(HEADS)
+    def interpreted_drop(case):
+        heads, dropped, seed = case
+        gram = some_gram(heads, seed)
+        assert torch.equal(triton_drop.drop_jointly(gram, dropped), drop_jointly(gram, dropped))
+
     interpreted()
     interpreted_top()
+    interpreted_drop()

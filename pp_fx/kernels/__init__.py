@@ -1,6 +1,7 @@
 """Kept rows, and products with them as torch.library operators, which compilers leave whole; Triton kernels on CUDA."""
 
+from .drop_jointly import drop_jointly
 from .gather_linear import gather_linear, gather_output, kept_rows, large
 from .top import top
 
-__all__ = ["gather_linear", "gather_output", "kept_rows", "large", "top"]
+__all__ = ["drop_jointly", "gather_linear", "gather_output", "kept_rows", "large", "top"]

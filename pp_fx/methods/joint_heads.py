@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import drop_jointly
 from .score import SCORES, Score, Statistics
 
 
@@ -19,14 +20,7 @@ def _column(weight: Tensor) -> Tensor:
 
 def _units(given: Statistics) -> Tensor:
     """0, 1, .. in the order in which heads are dropped, infinity for the kept ones."""
-    gram: Tensor = given.gram  # type: ignore[assignment]
-    cost, added = gram.diagonal(), torch.zeros_like(gram[0])
-    score = torch.full_like(cost, torch.inf)
-    for step in range(given.dropped):
-        head = torch.where(score.isinf(), cost + 2 * added, torch.inf).argmin()
-        score = score.index_fill(0, head, step)
-        added = added + gram.index_select(0, head[None])[0]
-    return score
+    return drop_jointly(given.gram, given.dropped, given.exports)  # type: ignore[arg-type]
 
 
 SCORES["joint"] = Score(_column, _units, gram=True)

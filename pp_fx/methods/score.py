@@ -22,6 +22,7 @@ class Statistics(NamedTuple):
         column: the score's own number for each column of the output projection.
         dropped: how many units will be dropped.
         gram: fp32 [units, units], see `pp_fx.gram`, of probe and history; None for a score that does not read it.
+        exports: an exported graph is being traced.
     """
 
     energy: Tensor
@@ -29,6 +30,7 @@ class Statistics(NamedTuple):
     column: Tensor
     dropped: int
     gram: Tensor | None
+    exports: bool = False
 
 
 @dataclass(frozen=True)
