@@ -113,7 +113,8 @@ class Port:
         """Inverse of `compact`."""
         kept = compact["kept"]
         selection = Selection(kept, self.state.columns_of(kept), self.layer.__dict__[LAYER].version)
-        selection.compacts = True
+        selection.compacts = selection.exports = True
+        selection.inputs_due = selection.output_due = selection.uncompensated = False
         selection.inputs = []
         for label, _ in self.inputs:
             weight = self._rows(compact[label])

@@ -14,6 +14,10 @@ from .cuda_graphs import compiles_cuda_graphs
 from .errors import StateError
 
 
+RECORDED = ("cuda",)
+"""Device types whose calls Inductor records; on others it leaves them as they are, whatever the mode."""
+
+
 def keep(old: Tensor | None, value: Tensor, changed: Tensor | None = None) -> Tensor:
     """`value`, in the memory of `old` where it fits there.
 
@@ -43,7 +47,7 @@ def own(value: Tensor) -> Tensor:
     if _learns(value):
         return value
     if torch.compiler.is_compiling():
-        if value.is_cuda and compiles_cuda_graphs():
+        if value.device.type in RECORDED and compiles_cuda_graphs():
             raise StateError(
                 "this call is compiled with CUDA graphs (mode='reduce-overhead'), which overwrite what a selection "
                 "keeps on its KV cache; call pp_fx.cache.reserve(model, cache, batch) before the first call, or run "
@@ -53,6 +57,7 @@ def own(value: Tensor) -> Tensor:
     return allocate(value)
 
 
+@torch.compiler.disable
 def allocate(like: Tensor) -> Tensor:
     """A copy that torch.compile takes for one address; usable in and outside of inference mode."""
     with torch.inference_mode(False):

@@ -91,7 +91,8 @@ class Selection:
 
     def hold_output(self, weight: Tensor, bias: Tensor | None) -> CompactLinear:
         """Keep the kept columns of the output projection [H, k], compensation included."""
-        self.output = store(weight, bias, self.output, self.changed)
+        exports = self.exports  # the graph's runtime has a layout of its own
+        self.output = CompactLinear(weight, bias) if exports else store(weight, bias, self.output, self.changed)
         self.output_due, self.compensation, self.changed = False, None, None
         return self.output
 

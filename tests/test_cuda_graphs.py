@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 import pp_fx
-from pp_fx import compact
+from pp_fx import buffers, compact
 from pp_fx.cache import forget, reserve, selections_on
 from pp_fx.cuda_graphs import compiles_cuda_graphs
 from pp_fx.errors import InputError, StateError
@@ -238,6 +238,28 @@ def test_the_compilers_mode_is_known(options, expected):
         return x + (1 if compiles_cuda_graphs() else 0)
 
     assert bool(torch.compile(add, fullgraph=True, **options)(torch.zeros(1))) is expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reserved", [True, False])
+def test_a_prompt_under_cuda_graphs_asks_for_its_memory(reserved, ids, monkeypatch):
+    """On a CPU, as if it had CUDA graphs. Without fullgraph such a prompt makes its memory uncompiled."""
+    monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
+    monkeypatch.setattr(buffers, "RECORDED", ("cpu",))
+    monkeypatch.setattr(buffers, "compiles_cuda_graphs", lambda: True)
+    model = transformed()
+    cache, expected = static(model), model(ids, past_key_values=static(model)).logits
+    if reserved:
+        reserve(model, cache, 3)
+        torch.testing.assert_close(compiled(model)(ids, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
+        return
+    with pytest.raises(Exception, match=r"pp_fx\.cache\.reserve"):
+        compiled(model)(ids, past_key_values=cache)
+    torch._dynamo.reset()
+    cache = static(model)
+    got = torch.compile(model, backend="eager")(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert selections_on(cache).layers[2]["mlp"].output is not None
 
 
 def test_a_forgotten_cache_selects_anew_in_the_same_memory(packed, ids):
