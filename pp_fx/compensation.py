@@ -86,8 +86,10 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
         weight: output projection [H, C].
         ridge: not used.
     """
-    dropped = _mean(known).index_fill(0, known.kept, 0)
-    return Compensation(torch.nn.functional.linear(dropped.to(weight.dtype), weight), None)
+    dropped = _mean(known).index_fill(0, known.kept, 0).to(weight.dtype)
+    if weight.is_cuda:  # a matrix of one row goes to cuBLAS; of a vector the compiler makes a slow sum
+        return Compensation(torch.nn.functional.linear(dropped[None], weight)[0], None)
+    return Compensation(torch.nn.functional.linear(dropped, weight), None)
 
 
 def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
