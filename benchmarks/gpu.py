@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401, I001
+import checkout  # noqa: F401
 import torch
 import transformers
 from rich.console import Console

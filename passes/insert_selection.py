@@ -14,7 +14,14 @@ class InsertSelection(Pass):
             group, nodes = inserted.group, inserted.nodes
             with block.graph.inserting_after(nodes["probe_state"]):
                 weight = group.output.weight
-                args = (nodes["state"], nodes["probe_state"], nodes["rows"], nodes["probe_residual"], weight, block.plan)
+                args = (
+                    nodes["state"],
+                    nodes["probe_state"],
+                    nodes["rows"],
+                    nodes["probe_residual"],
+                    weight,
+                    block.plan,
+                )
                 found = block.call(gram.probe_gram, args, inserted.name("gram")) if group.kind == "attention" else None
                 inserted.gram = found
             with block.graph.inserting_after(found or nodes["probe_state"]):

@@ -13,7 +13,6 @@ from torch import Tensor
 from .cuda_graphs import compiles_cuda_graphs
 from .errors import StateError
 
-
 RECORDED = ("cuda",)
 """Device types whose calls Inductor records; on others it leaves them as they are, whatever the mode."""
 

@@ -322,7 +322,8 @@ def compare_command(
     batch: Batch = 20,
     dtype: Dtype = "bfloat16",
     round_to: Annotated[
-        int | None, typer.Option(help="Kept MLP channels are a multiple of it (paper's own: 64); else the device's own.")
+        int | None,
+        typer.Option(help="Kept MLP channels are a multiple of it (paper's own: 64); else the device's own."),
     ] = None,
     time_batch: Annotated[int, typer.Option(help="Sequences of the timed forward passes; 0: no timing.")] = 4,
     json_file: Json = None,

@@ -131,7 +131,7 @@ class ProbePruningConfig:
         compensation_ridge: share of the mean variance of the kept channels that "least_squares" adds to each of them.
         compensation_min_tokens: a selection for fewer tokens (B x T) takes "mean" in place of "least_squares", whose
             cost does not fall with the number of tokens: there a smaller ratio buys more quality for the same time.
-            None: what suits the model's device (`pp_fx.devices`): 2048 on a CPU, 32768 on CUDA.
+            None: what suits the model's device (`pp_fx.devices`): 2048 on a CPU, 49152 on CUDA.
         min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
             selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
             (a probe would cost more than its share), else by its probe.

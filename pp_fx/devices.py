@@ -20,7 +20,7 @@ class Defaults(NamedTuple):
 
 
 CPU = Defaults(round_to=16, compensation_min_tokens=2048)
-CUDA = Defaults(round_to=64, compensation_min_tokens=32768)
+CUDA = Defaults(round_to=64, compensation_min_tokens=49152)
 
 
 def defaults(kind: str) -> Defaults:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import kernels
 from .cache import Selection
-from .compact import CompactLinear, compact_linear, packs, store
+from .compact import CompactLinear, compact_linear, packs
 from .compensation import Compensation
 
 Linear = tuple[Tensor, Tensor | None]

@@ -126,7 +126,9 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
                 return Plan(shape, True, False, cache, stored, cached == 0, keeps=keeps)
             torch._assert_async(cached > 0, _RESET)
     reprobes = selections is not None and selections.reprobes
-    return Plan(shape, False, reprobes, cache, {} if config.decode == "dense" else stored, exports=exported, keeps=keeps)
+    return Plan(
+        shape, False, reprobes, cache, {} if config.decode == "dense" else stored, exports=exported, keeps=keeps
+    )
 
 
 _RESET = (

@@ -48,7 +48,7 @@ def _fresh_dynamo():
 
 
 def transformed(**changes):
-    return pp_fx.transform(tiny_llama(layers=4), pp_fx.ProbePruningConfig(**{**SETTINGS, **changes}))
+    return pp_fx.transform(tiny_llama(layers=3), pp_fx.ProbePruningConfig(**{**SETTINGS, **changes}))
 
 
 def compiled(model):
@@ -76,9 +76,23 @@ def greedy(prompt, step, ids, cache, steps=8):
     return torch.cat(tokens, 1)
 
 
+@pytest.mark.parametrize("name", ["sticky", "least squares", "drift"])
+@pytest.mark.parametrize("prompts", ["eager", "compiled"])
+def test_packed_weights_serve_one_prompt_after_the_other(name, prompts, ids):
+    if torch.float32 not in compact.PACKED_DTYPES:
+        pytest.skip("oneDNN packs nothing here")
+    serve(CONFIGS[name], prompts, ids)
+
+
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=list(CONFIGS))
 @pytest.mark.parametrize("prompts", ["eager", "compiled"])
-def test_a_static_cache_serves_one_prompt_after_the_other(changes, prompts, packed, ids):
+def test_a_static_cache_serves_one_prompt_after_the_other(changes, prompts, ids, monkeypatch):
+    monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
+    serve(changes, prompts, ids)
+
+
+def serve(changes, prompts, ids):
+    """Three prompts on one cache, and eight steps behind each."""
     model = transformed(**changes)
     step = compiled(model)
     prompt = model if prompts == "eager" else step
@@ -134,7 +148,7 @@ def test_generates_own_compilation_counts_as_many_graphs_as_dense(packed):
     """generate() runs the prompt uncompiled and compiles decoding: one decode graph, for every prompt."""
     settings = CompileConfig(fullgraph=True, backend=overwriting, mode=None, dynamic=False)
     settings._compile_all_devices = True
-    dense, pruned = tiny_llama(layers=4), transformed()
+    dense, pruned = tiny_llama(layers=3), transformed()
     graphs = []
     for model in (dense, pruned):
         torch._dynamo.reset()

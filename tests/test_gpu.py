@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import pp_fx
 from pp_fx.cache import reserve, selections_on
+from pp_fx.state import states_of
 
 from .conftest import tiny_llama
 
@@ -76,19 +77,30 @@ def test_ratio_zero_gives_what_the_original_gives(dtype, kind):
     assert torch.equal(model.generate(ids, max_new_tokens=8), dense.generate(ids, max_new_tokens=8))
 
 
-@pytest.mark.parametrize("changes", [{}, {"compensation_min_tokens": 1}, {"probe": pp_fx.ProbeConfig(attention="rows")}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"compensation_min_tokens": 1}, {"probe": pp_fx.ProbeConfig(attention="rows")}]
+)
 def test_kept_units_and_logits_are_those_of_the_cpu(changes):
-    """fp32, without TF32; eager on both."""
-    found = []
+    """fp32, without TF32; eager on both, with one history: the signs of principal directions differ by library."""
+    model, found = model_on("cpu", **changes), []
+    pp_fx.calibrate(model, prompt(9, 4, 64, "cpu"), progress=False)
     for device in ("cpu", "cuda"):
-        model = model_on(device, **changes)
-        pp_fx.calibrate(model, prompt(9, 4, 64, device), progress=False)
-        cache = DynamicCache()
-        out = logits(model, prompt(device=device), cache)
-        found.append((out.cpu(), {(i, n): s.kept.cpu() for i, g in selections_on(cache).layers.items() for n, s in g.items()}))
+        cache, model = DynamicCache(), model.to(device)
+        out = logits(model, prompt(device=device), cache).cpu()
+        groups = selections_on(cache).layers.items()
+        found.append((out, {(i, n): s.kept.cpu() for i, group in groups for n, s in group.items()}))
     assert found[0][1].keys() == found[1][1].keys()
     assert all(torch.equal(found[0][1][k], found[1][1][k]) for k in found[0][1])
     close(found[1][0], found[0][0])
+
+
+def test_calibration_gives_the_history_of_the_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = pp_fx.calibrate(model_on(device), prompt(9, 4, 64, device), progress=False)
+        found.append([t.cpu() for s in states_of(model) for t in (s.energy, s.mean, s.gram) if t is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +228,10 @@ def test_nothing_waits_for_the_device(changes):
     assert found[0] == found[2] == []
     assert len(found[1]) <= len(stock), found[1]
     caches = DynamicCache(), DynamicCache()
-    pairs = [[waits(lambda c=c, m=m, t=t: m(t, past_key_values=c)) for t in (ids, token)] for c, m in zip(caches, (model, dense), strict=True)]
+    pairs = [
+        [waits(lambda c=c, m=m, t=t: m(t, past_key_values=c)) for t in (ids, token)]
+        for c, m in zip(caches, (model, dense), strict=True)
+    ]
     assert [len(w) for w in pairs[0]] <= [len(w) for w in pairs[1]], pairs[0]
 
 

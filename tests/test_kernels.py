@@ -104,8 +104,6 @@ def test_the_kernels_in_tritons_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-
-
 def test_the_workspace_serves_every_mode_and_thread():
     """Grown in inference mode it is used outside of it, and threads that multiply at once do not meet."""
     kept = torch.arange(0, 300, 2)

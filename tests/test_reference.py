@@ -27,6 +27,7 @@ def kept_counts(config, model):
 
 
 def reference_for(model, config):
+    config = config.on("cpu")
     mlp, heads = kept_counts(config, model)
     p = config.probe
     return Reference(

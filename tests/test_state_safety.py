@@ -151,7 +151,8 @@ def test_an_interrupted_forward_leaves_selection_and_results_as_they_were(ids):
         hook.remove()
         assert torch.equal(model(ids).logits, expected)
         fresh = DynamicCache(config=model.config)
-        assert torch.equal(model(ids, past_key_values=fresh).logits, expected)
+        # the prompt's products read packed weights where a cache is given
+        torch.testing.assert_close(model(ids, past_key_values=fresh).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_an_interrupted_calibration_leaves_the_history_and_the_mode(ids):

@@ -17,7 +17,7 @@ def _kernel(gram, order, n, dropped: tl.constexpr, N: tl.constexpr):
     cost = tl.load(gram + i * n + i, mask=inside, other=0.0)
     added = tl.zeros((N,), tl.float32)
     found = tl.full((N,), float("inf"), tl.float32)
-    for step in range(0, dropped):
+    for step in range(dropped):
         open_cost = tl.where(inside & (found == float("inf")), cost + 2 * added, float("inf"))
         head = tl.argmin(open_cost, 0)
         found = tl.where(i == head, step * 1.0, found)
