@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if importlib.util.find_spec("pp_fx") is None or not hasattr(importlib.util.find_spec("pp_fx"), "loader"):
+if importlib.util.find_spec("pp_fx") is None:
     folders = [str(ROOT / "pp_fx"), str(ROOT)]  # `pp_fx.passes` and `pp_fx.export` are the folders beside it
     spec = importlib.util.spec_from_file_location(
         "pp_fx", ROOT / "pp_fx" / "__init__.py", submodule_search_locations=folders

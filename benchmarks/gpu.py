@@ -1,4 +1,4 @@
-"""All GPU figures in one run of at most 6 minutes (`--quick`: 2): prefill, decoding, products, the slowest row's profile.
+"""All GPU figures in one run of 6 minutes (`--quick`: 2): prefill, decoding, products, the slowest row's profile.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
 
@@ -147,10 +147,10 @@ def pruned_model(dense: Any, changes: dict[str, Any], ids: torch.Tensor) -> Any:
     return pp_fx.calibrate(model, ids[:2, :512], progress=False)
 
 
-def caller(model: Any, row: Row, ids: torch.Tensor, steps: int) -> Callable[[], Any]:
+def caller(model: Any, row: Row, ids: torch.Tensor, steps: int, backend: str) -> Callable[[], Any]:
     """One compiled call: a prompt without KV cache, or a decode step behind an uncompiled prompt."""
-    mode = "reduce-overhead" if row.graphs else "default"
-    body = torch.compile(model.base_model, fullgraph=True, dynamic=False, mode=mode)
+    mode: dict[str, Any] = {"mode": "reduce-overhead" if row.graphs else "default"} if backend == "inductor" else {}
+    body = torch.compile(model.base_model, fullgraph=True, dynamic=False, backend=backend, **mode)
     if row.phase == "prefill":
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     else:
@@ -165,7 +165,7 @@ def caller(model: Any, row: Row, ids: torch.Tensor, steps: int) -> Callable[[], 
     return call
 
 
-def measure(row: Row, device: torch.device, repeats: int) -> tuple[dict[str, Any], Any]:
+def measure(row: Row, device: torch.device, repeats: int, backend: str) -> tuple[dict[str, Any], Any]:
     """All sides of a row, and the profile of its slowest pruned side."""
     torch._dynamo.reset()
     timer, decodes = Timer(device), row.phase == "decode"
@@ -185,7 +185,7 @@ def measure(row: Row, device: torch.device, repeats: int) -> tuple[dict[str, Any
         began = time.perf_counter()
         calls, compiled = {}, {}
         for name, model in sides.items():
-            calls[name] = caller(model, row, ids, steps)
+            calls[name] = caller(model, row, ids, steps, backend)
             timer.wall(calls[name], 2)
             compiled[name], began = time.perf_counter() - began, time.perf_counter()
         wall = timer.take_turns(calls, repeats, count)
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="keep what the file holds of this device and versions")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds it, for example decode")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
@@ -279,7 +280,7 @@ def main() -> None:
             result["left_out"].append(row.name)
             continue
         try:
-            found, profile = measure(row, device, options.repeats)
+            found, profile = measure(row, device, options.repeats, options.backend)
         except Exception as error:  # one row that fails must not take the others with it
             found, profile = None, None
             result["left_out"].append(f"{row.name}: {type(error).__name__}: {str(error)[:500]}")

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from .agreement import Check, check
     from .folder import check_target
     from .native_ops import build_ort_ops
+    from .node_placement import placement
     from .ort_model import OrtCache, OrtModel
     from .to_onnx import onnx
 
-__all__ = ["Check", "OrtCache", "OrtModel", "build_ort_ops", "check", "check_target", "onnx"]
+__all__ = ["Check", "OrtCache", "OrtModel", "build_ort_ops", "check", "check_target", "onnx", "placement"]
 _HOME = {
     "onnx": "to_onnx",
     "check": "agreement",
@@ -26,6 +27,7 @@ _HOME = {
     "Check": "agreement",
     "OrtModel": "ort_model",
     "OrtCache": "ort_model",
+    "placement": "node_placement",
 }
 
 

@@ -22,7 +22,7 @@ from ..guard import guard_lifted
 from ..history import history_frozen
 from ..transform import layers_of, transform
 from .folder import MODEL, context_length, read_settings, verify
-from .ort_model import OrtModel
+from .ort_model import CPU, OrtModel, check_provider
 from .ports import HISTORY, homes, ports_of
 
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
@@ -69,7 +69,7 @@ class Check:
             )
 
 
-def check(directory: str | Path, *, seed: int = 0) -> Check:
+def check(directory: str | Path, *, seed: int = 0, provider: str = CPU) -> Check:
     """Compare the logits and kept units of an exported folder under onnxruntime with torch.
 
     The torch model is rebuilt from the folder: configuration, weights and history lie in it. Prompts are random: a
@@ -78,21 +78,24 @@ def check(directory: str | Path, *, seed: int = 0) -> Check:
     Args:
         directory: what `pp_fx.export.onnx` has written.
         seed: of the random tokens.
+        provider: of onnxruntime, as in `OrtModel.from_pretrained`.
 
     Raises:
+        InputError: this onnxruntime has no such provider.
         ExportError: the folder is damaged or not one of ours. A failed comparison does not raise, see `Check.passed`.
     """
+    check_provider(provider)
     directory = Path(directory)
     verify(directory)
-    return compare(directory, _rebuild(directory), seed)
+    return compare(directory, _rebuild(directory), seed, provider)
 
 
-def compare(directory: Path, model: Any, seed: int = 0) -> Check:
+def compare(directory: Path, model: Any, seed: int = 0, provider: str = CPU) -> Check:
     """As `check`, against a transformed model in memory, which is left as it is."""
     frugal = onnxruntime.SessionOptions()  # the weights once, not a second time in the kernels' own layout
     frugal.add_session_config_entry("session.disable_prepacking", "1")
     frugal.enable_cpu_mem_arena = False
-    ours = OrtModel.from_pretrained(directory, session_options=frugal)
+    ours = OrtModel.from_pretrained(directory, session_options=frugal, provider=provider)
     generator = torch.Generator().manual_seed(seed)
     config = ports_of(model)[0].state.config
     vocabulary = model.config.get_text_config().vocab_size

@@ -22,6 +22,7 @@ from ..errors import ExportError, InputError, StateError
 from .folder import MODEL, read_settings, verify
 from .native_ops import check_library, find_ort_ops
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ALWAYS, _NEVER = np.array(1, np.int64), np.array(np.iinfo(np.int64).max, np.int64)
 
 
@@ -109,6 +110,7 @@ class OrtModel(GenerationMixin):
         self.session, self.config, self.generation_config = session, config, generation_config
         self.min_select_tokens, self.reuses = min_select_tokens, reuses
         self.device = torch.device("cpu")
+        self._memory = "cuda" if session.get_providers()[0] == CUDA else "cpu"
         self.updates_history = False
         self.history: dict[str, Any] = {}
         self._inputs = {i.name: i for i in session.get_inputs()}
@@ -127,6 +129,7 @@ class OrtModel(GenerationMixin):
         directory: str | Path,
         *,
         threads: int | None = None,
+        provider: str | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         ops_library: str | Path | None = "auto",
         session_options: Any = None,
@@ -136,15 +139,23 @@ class OrtModel(GenerationMixin):
         Args:
             directory: the folder.
             threads: of onnxruntime inside one operator; None: its default (all cores).
+            provider: short for `providers=(provider, "CPUExecutionProvider")`, for example "CUDAExecutionProvider" (`pp-fx[onnxruntime-gpu]`);
+                what it has no kernel for runs on the CPU (`pp_fx.export.placement` lists it). Keys, values and the
+                selection stay in its memory between calls.
             providers: onnxruntime's execution providers, the preferred one first.
             ops_library: native kernels of the `pp_fx` operators: "auto" takes the library that `build_ort_ops` has
                 built, if it has; a path; None runs the operators' function bodies.
             session_options: onnxruntime.SessionOptions to start from.
 
         Raises:
+            InputError: this onnxruntime has no such provider.
             ExportError: a file is missing or is not the one that was written, onnxruntime cannot load the model, or
                 the library is not one of this version.
         """
+        if provider is not None:
+            providers = tuple(dict.fromkeys((provider, CPU)))
+        for name in providers:
+            check_provider(name)
         directory = Path(directory)
         verify(directory)
         options = onnxruntime.SessionOptions() if session_options is None else session_options
@@ -246,7 +257,7 @@ class OrtModel(GenerationMixin):
         state = [*self._compact * selects, *self._history * learns]
         wanted = ["logits", *self._present, *(n.replace("pp_", "present_", 1) for n in state)]
         for name in wanted:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, "cpu" if name == "logits" else self._memory)
         self.session.run_with_iobinding(binding)
         found = dict(zip(wanted, binding.get_outputs(), strict=True))
         logits = torch.from_numpy(found["logits"].numpy()).float()
@@ -280,6 +291,18 @@ class OrtModel(GenerationMixin):
     def _reorder_cache(self, past_key_values: OrtCache, beam_idx: Tensor) -> OrtCache:
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
+
+
+def check_provider(provider: str) -> None:
+    """Refuse a provider that this onnxruntime was not built with.
+
+    Raises:
+        InputError: it was not.
+    """
+    there = onnxruntime.get_available_providers()
+    if provider not in there:
+        gpu = "; pip install 'pp-fx[onnxruntime-gpu]' in place of onnxruntime brings CUDA's" if provider == CUDA else ""
+        raise InputError(f"provider={provider!r} is not in this onnxruntime; choose one of {', '.join(there)}{gpu}")
 
 
 def _is_past(name: str) -> bool:

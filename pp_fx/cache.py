@@ -10,6 +10,7 @@ are written in place from prompt to prompt (`pp_fx.buffers`), so that compiled d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,9 +191,11 @@ def reserve(model: nn.Module, cache: Cache, batch: int) -> Cache:
     check_device(cache, weight.device)
     ids = torch.arange(batch * config.min_select_tokens, device=weight.device) % weight.shape[0]
     scratch = DynamicCache()
-    with torch.inference_mode(False), torch.no_grad(), history_frozen(inner), torch.compiler.set_stance("force_eager"):
-        with guard_lifted(layers):
-            inner(input_ids=ids.view(batch, -1), past_key_values=scratch, use_cache=True)
+    modes = torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager")
+    with contextlib.ExitStack() as stack:
+        for mode in (*modes, history_frozen(inner), guard_lifted(layers)):
+            stack.enter_context(mode)  # type: ignore[arg-type]
+        inner(input_ids=ids.view(batch, -1), past_key_values=scratch, use_cache=True)
     found = selections_on(scratch)
     if found is not None:
         forget(scratch)

@@ -6,13 +6,13 @@ Adding one: write a function (output weight [H, C], Known, ridge) -> Compensatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kernels, ops
-from .buffers import keep
+from .buffers import keep, own
 
 _PROBE_SHARE = 0.5
 """Share of the probe's variance that counts as correlation; few rows know single variances better than their ties."""
@@ -73,10 +73,13 @@ class Compensation(NamedTuple):
 
     def kept_in(self, old: Compensation | None) -> Compensation:
         """The same in the memory of the old one where it fits there (`pp_fx.buffers`)."""
-        mine, theirs = (() if c is None or c.correction is None else c.correction for c in (self, old))
-        theirs = (*theirs, *[None] * len(mine))
-        factors = tuple(keep(o, m) for o, m in zip(theirs, mine, strict=False))
-        return Compensation(keep(None if old is None else old.vector, self.vector), factors or None)
+        vector = keep(None if old is None else old.vector, self.vector)
+        if self.correction is None:
+            return Compensation(vector, None)
+        former = None if old is None else old.correction
+        if former is None or len(former) != len(self.correction):
+            return Compensation(vector, tuple(own(factor) for factor in self.correction))
+        return Compensation(vector, tuple(map(keep, former, self.correction)))
 
 
 def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
@@ -136,13 +139,13 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
 def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: float) -> Compensation:
     """`least_squares` where the bool scalar `solves` is true, else `mean`; for an exported graph, which serves both."""
     names = [name for name, value in known._asdict().items() if isinstance(value, Tensor)]
-    constants = {name: value for name, value in known._asdict().items() if name not in names}
+    constants: Any = {name: value for name, value in known._asdict().items() if name not in names}
 
-    def least(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def least(weight: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
         made = _least_squares(weight, Known(**constants, **dict(zip(names, tensors, strict=True))), ridge)
         return made.vector, made.dense_correction()  # type: ignore[return-value]
 
-    def plain(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def plain(weight: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
         given = Known(**constants, **dict(zip(names, tensors, strict=True)))
         return mean(weight, given, ridge).vector, weight.new_zeros(given.kept.shape[0], weight.shape[0])
 

@@ -107,7 +107,7 @@ def _energy(source: Tensor) -> Tensor:
 
 
 def _bounds(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """min and max of sizes: in an exported graph of symbols, which torch.compile takes for numbers (before torch 2.12)."""
+    """min and max of sizes; in an exported graph those of symbols, which torch 2.11 cannot compile."""
     return (torch.sym_min, torch.sym_max) if plan.exports else (min, max)
 
 

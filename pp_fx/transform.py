@@ -230,8 +230,8 @@ def _warn_odd(config: ProbePruningConfig, model: nn.Module) -> None:
     on_cuda = any(p.is_cuda for p in model.parameters())
     if on_cuda and config.round_to is not None and config.round_to % 8:
         warnings.warn(
-            f"round_to={config.round_to} keeps counts that are no multiple of 8, whose products are slower on CUDA than "
-            "those of all channels; leave round_to out, or give a multiple of 8",
+            f"round_to={config.round_to} keeps counts that are no multiple of 8; on CUDA their products are slower "
+            "than those of all channels: leave round_to out, or give a multiple of 8",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""Generations whose compiled calls overwrite their outputs, as CUDA graphs do: what is kept on the KV cache survives."""
+"""Compiled calls that overwrite their outputs, as CUDA graphs do: what a generation keeps on its KV cache survives."""
 
 import inspect
 

@@ -428,3 +428,27 @@ def test_weights_outside_of_the_folder_are_refused_even_with_matching_checksums(
     (folder / "pp_fx.json").write_text(json.dumps(settings))
     with pytest.raises(ExportError, match="escapes model directory"):
         OrtModel.from_pretrained(folder)
+
+
+def test_nodes_are_counted_by_provider(exported):
+    _, folder = exported
+    found = pp_fx.export.placement(folder, "CPUExecutionProvider", length=40)
+    assert {phase: set(places) for phase, places in found.items()} == dict.fromkeys(found, {"CPUExecutionProvider"})
+    prefill, decode = (found[phase]["CPUExecutionProvider"] for phase in ("prefill", "decode"))
+    assert prefill["TopK"] > 0
+    assert decode["TopK"] == 0  # a step selects nothing
+
+
+def test_a_provider_that_is_not_there_is_refused(exported):
+    _, folder = exported
+    for call in (pp_fx.export.check, pp_fx.export.OrtModel.from_pretrained):
+        with pytest.raises(InputError, match="provider='TPU' is not in this onnxruntime"):
+            call(folder, provider="TPU")
+
+
+@pytest.mark.gpu
+def test_the_cuda_provider_agrees_with_torch(exported):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider; pip install 'pp-fx[onnxruntime-gpu]'")
+    assert pp_fx.export.check(exported[1], provider="CUDAExecutionProvider").passed
