@@ -244,6 +244,21 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def plot(file: Path, result: dict[str, Any]) -> None:
+    """Every pruned side beside static and ideal, as PNG; nothing where matplotlib or typer is missing."""
+    try:
+        from report import bars
+    except ImportError:
+        return
+    sides = [(row, name, side) for row in result["rows"] for name, side in row["sides"].items() if side["ideal"]]
+    series = {
+        "measured": [side["ratio"] for _, _, side in sides],
+        "ideal (MACs or bytes)": [side["ideal"] for _, _, side in sides],
+    }
+    labels = [f"{row['name']}: {name}" for row, name, _ in sides]
+    bars(file, f"{result['device']}, MLP 40%, bf16, compiled", "time, pruned / dense", labels, series)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
@@ -300,6 +315,7 @@ def main() -> None:
     for line in result["products"]:
         shown.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in line.values()))
     console.print(shown)
+    plot(options.out.with_suffix(".png"), result)
     if slowest[2] is not None:
         key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         text = f"{slowest[1]}\n{slowest[2].table(sort_by=key, row_limit=30, max_name_column_width=80)}\n"

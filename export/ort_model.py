@@ -139,9 +139,9 @@ class OrtModel(GenerationMixin):
         Args:
             directory: the folder.
             threads: of onnxruntime inside one operator; None: its default (all cores).
-            provider: short for `providers=(provider, "CPUExecutionProvider")`, for example "CUDAExecutionProvider" (`pp-fx[onnxruntime-gpu]`);
-                what it has no kernel for runs on the CPU (`pp_fx.export.placement` lists it). Keys, values and the
-                selection stay in its memory between calls.
+            provider: short for `providers=(provider, "CPUExecutionProvider")`, for example "CUDAExecutionProvider"
+                (`pp-fx[onnxruntime-gpu]`); what it has no kernel for runs on the CPU
+                (`pp_fx.export.placement` lists it). Keys, values and the selection stay in its memory between calls.
             providers: onnxruntime's execution providers, the preferred one first.
             ops_library: native kernels of the `pp_fx` operators: "auto" takes the library that `build_ort_ops` has
                 built, if it has; a path; None runs the operators' function bodies.

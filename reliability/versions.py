@@ -3,8 +3,12 @@
     python reliability/versions.py
 
 A job lays other versions over the present environment (`pip install --target`), or makes an environment of
-its own with another Python. A job that cannot be installed here is "not run", with the reason; torch below 2.13 is a
-large download without a CPU build in most package indexes, so those jobs run only with --torch.
+its own with another Python. A job that cannot be installed here is "not run", with the reason. Another torch is several
+gigabytes without a CPU build in most package indexes: those jobs have a Python of their own, run what depends on torch
+(with a family for every way to find the channels) and are left out without --torch. `--python` takes an environment
+that is there already:
+
+    python reliability/versions.py --only "torch 2.12.1" --python ../torch-2.12/bin/python
 """
 
 from __future__ import annotations
@@ -27,6 +31,11 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
 TESTS = ("test_transform", "test_intact", "test_families", "test_cache", "test_reference", "test_saving", "test_export")
+TORCH_TESTS = (
+    "test_compile", "test_cuda_graphs", "test_transform", "test_kernels", "test_cache", "test_decode", "test_generate",
+    "test_compact", "test_export", "test_families",
+)  # fmt: skip
+FAMILIES = "not test_families or Llama or Phi3 or OPT or GPT-2 or Gemma2 or GPT-NeoX or Mixtral"
 OVERLAID = ("torch", "transformers", "onnxruntime")
 
 
@@ -42,9 +51,10 @@ JOBS = (
     Job(pins={"transformers": "5.17.0"}),
     Job(pins={"transformers": "5.24.0"}),
     Job(pins={"onnxruntime": "1.30.0"}),
-    Job(pins={"torch": "2.11.0"}),
-    Job(pins={"torch": "2.12.1"}),
-    Job(python="3.12"),
+    Job(python="3.12", pins={"torch": "2.11.0", "transformers": "5.17.0"}),
+    Job(python="3.12", pins={"torch": "2.12.1", "transformers": "5.24.0"}),
+    Job(python="3.12", pins={"torch": "2.14.1", "transformers": "5.24.0"}),
+    Job(python="3.12", pins={"torch": "2.15.0", "transformers": "5.24.0"}),
 )
 
 
@@ -52,16 +62,21 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def interpreter(version: str, folder: Path) -> str:
-    """Python of a new environment in which the project is installed."""
+def interpreter(version: str, pins: dict[str, str], folder: Path) -> str:
+    """Python of a new environment in which the project is installed, with these versions."""
     found = shutil.which(f"python{version}")
     if found is None or run([found, "--version"]).returncode:
         raise LookupError(f"there is no python{version} here")
     made = run([found, "-m", "venv", str(folder)])
     python = str(folder / "bin" / "python")
+    constraints = folder.with_name("constraints.txt")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    free = {*pins, "triton", "tokenizers"}  # the last two go with torch and transformers
+    kept = [line for line in lines if line.partition("==")[0] not in free]
+    constraints.write_text("\n".join([*kept, *(f"{k}=={v}" for k, v in pins.items())]), encoding="utf-8")
     for arguments in (["torch"], ["-e", ".[dev]"]):
         if made.returncode == 0:
-            made = run([python, "-m", "pip", "install", "-q", "-c", "constraints.txt", *arguments], cwd=ROOT)
+            made = run([python, "-m", "pip", "install", "-q", "-c", str(constraints), *arguments], cwd=ROOT)
     if made.returncode:
         raise LookupError(f"cannot be installed here ({_last(made)})")
     return python
@@ -87,21 +102,24 @@ def versions(python: str, environment: dict[str, str]) -> dict[str, str]:
     return dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
 
 
-def perform(job: Job) -> dict[str, Any]:
-    """Install, test, and say how many tests passed and failed."""
+def perform(job: Job, present: str | None) -> dict[str, Any]:
+    """Install (unless an environment is `present`), test, and say how many tests passed and failed."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         try:
-            python = interpreter(job.python, folder / "venv") if job.python else sys.executable
-            if job.pins:
+            made = present or (interpreter(job.python, job.pins, folder / "venv") if job.python else None)
+            python = made or sys.executable
+            if job.pins and not made:
                 overlay(job.pins, folder / "over")
                 environment["PYTHONPATH"] = str(folder / "over")
         except LookupError as reason:
             return {"asked": _asked(job), "result": "not run", "reason": str(reason)}
-        files = [f"tests/{name}.py" for name in TESTS]
-        done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT, env=environment)
+        files = [f"tests/{name}.py" for name in (TORCH_TESTS if "torch" in job.pins else TESTS)]
+        chosen = ["-k", FAMILIES] if "torch" in job.pins else []
+        command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *chosen, *files]
+        done = run(command, cwd=ROOT, env=environment)
         used = versions(python, environment)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
     result = "passed" if done.returncode == 0 else "FAILED"
@@ -124,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", action="store_true", help="also the jobs that download another torch")
     parser.add_argument("--only", default="", help="only jobs with this in their name; the others' results stay")
+    parser.add_argument("--python", help="of an environment that holds the versions of the job named by --only")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
@@ -132,10 +151,10 @@ def main() -> None:
         name = _asked(job)
         if options.only not in name:
             continue
-        if "torch" in job.pins and not options.torch:
+        if "torch" in job.pins and not options.torch and not options.python:
             results[name] = {"asked": name, "result": "not run", "reason": "needs --torch (a large download)"}
         else:
-            results[name] = perform(job)
+            results[name] = perform(job, options.python)
         Console().print(results[name])
         options.out.parent.mkdir(parents=True, exist_ok=True)
         ordered = [results[_asked(job)] for job in JOBS if _asked(job) in results]
