@@ -239,10 +239,10 @@ def _check_held(info: ModelInfo, cache: Cache, selections: Selections | None) ->
 
 
 def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """B and T of the call's token ids [B, T] or embeddings [B, T, H]."""
+    """B and T of the call's token ids [B, T] or embeddings [B, T, H]; zeros where the model will ask for them."""
     given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-    tokens = next(t for t in given if isinstance(t, Tensor))
-    return tokens.shape[0], tokens.shape[1]
+    tokens = next((t for t in given if isinstance(t, Tensor)), None)
+    return (0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1])
 
 
 def _count(selections: Selections, batch: int, length: int, config: ProbePruningConfig) -> None:

@@ -48,7 +48,7 @@ def static_copies(model: nn.Module, pruned: nn.Module, ids: Tensor) -> StaticCop
     with torch.no_grad():
         pruned.base_model(input_ids=ids, past_key_values=cache)  # type: ignore[operator]
     selections: Any = selections_on(cache)
-    if selections is None:  # the guard found the prompt too small
+    if not selections.layers:  # the guard found the prompt too small
         return None
     copies = StaticCopies(_copy(model), _copy(model))
     names = {id(module): name for name, module in pruned.named_modules()}
