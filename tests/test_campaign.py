@@ -127,22 +127,23 @@ class Case:
         if self.way == "compiled":
             torch._dynamo.reset()
             forward = torch.compile(self.model, fullgraph=True, backend="aot_eager")
-        found, chosen = [], None
+        found, chosen = [], self.chosen(forward)
         for size in (self.length, *self.rest):
             found.append(self.piece(start, start + size, cache, forward))
-            if chosen is None:  # decoding moves the corrections into compact weights
-                held = selections_on(cache)
-                chosen = {} if held is None else copy.deepcopy(held.layers)
             start += size
         return torch.cat(found, 1), chosen
+
+    def chosen(self, forward):
+        """The prompt's selections, of a cache that the forward pass makes: corrections lie apart, in no weight yet."""
+        held = selections_on(forward(**self.inputs(self.length), use_cache=True).past_key_values)
+        return {} if held is None else held.layers
 
     def generate(self):
         """As `run`, the rest being what the model generates."""
         new = max(1, sum(self.rest))
         cache, inputs = DynamicCache(config=self.model.config), self.inputs(self.length)
         prompt = self.piece(0, self.length, cache)
-        chosen = selections_on(cache)
-        chosen = {} if chosen is None else copy.deepcopy(chosen.layers)
+        chosen = self.chosen(self.model)
         inputs.pop("position_ids", None)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         out = self.model.generate(
@@ -171,7 +172,8 @@ def check_repeats(case, got):
     """The same call twice, other content of the padding, and the samples in another order (eager, fp32)."""
     prompt, real = got[:, : case.length], case.mask[:, : case.length].bool()
     inputs, scale = case.inputs(case.length), got[real_rows(case)].abs().max().clamp(min=1)
-    assert torch.equal(case.model(**inputs).logits[real], prompt[real]), "the same call twice"
+    again = case.model(**inputs, past_key_values=case.new_cache()).logits
+    assert torch.equal(again[real], prompt[real]), "the same call twice"
     if case.padding:
         other = torch.where(real, inputs["input_ids"], 2 + (inputs["input_ids"] + 7) % (VOCABULARY - 2))
         found = case.model(**{**inputs, "input_ids": other}).logits[real]
