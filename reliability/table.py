@@ -46,6 +46,9 @@ _FOUND = """## What these runs and hostile reviews found, mended since
 - `generate_batch` selected at every step; a cache could be carried over to a copy with other weights: both refused.
 - `calibrate` under the guard left small batches out.
 - An exported model learnt from prompts that were too short to probe.
+- Under CUDA graphs, and on every GPU with generate()'s own compilation, decode steps read what an earlier step's graph had
+  returned, after it was overwritten: other tokens, or a crash. Calls that overwrite their outputs are tested on a CPU.
+- torch 2.11, whose `is_exporting()` is true in everything that it compiles, compiled no transformed model.
 - `from_pretrained` of a revision, or with `cache_dir` or `subfolder`, did not find the history.
 
 Each has a test.
