@@ -40,7 +40,7 @@ def _opaque(weight: Tensor) -> Tensor:
 
 for _name, _kernel, _shape in (
     ("pack", _pack, _opaque),
-    ("unpack", lambda packed: packed.to_dense(), lambda packed: packed.new_empty(packed.shape)),
+    ("unpack", lambda packed: packed.to_dense(), lambda packed: packed.new_empty(packed.shape, layout=torch.strided)),
     ("packed_linear", _packed_linear, lambda x, packed: x.new_empty((*x.shape[:-1], packed.shape[0]))),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
