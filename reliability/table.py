@@ -46,8 +46,9 @@ _FOUND = """## What these runs and hostile reviews found, mended since
 - `generate_batch` selected at every step; a cache could be carried over to a copy with other weights: both refused.
 - `calibrate` under the guard left small batches out.
 - An exported model learnt from prompts that were too short to probe.
-- Under CUDA graphs, and on every GPU with generate()'s own compilation, decode steps read what an earlier step's graph had
-  returned, after it was overwritten: other tokens, or a crash. Calls that overwrite their outputs are tested on a CPU.
+- Under CUDA graphs, and on every GPU with generate()'s own compilation, decode steps read what an earlier step's graph
+  had returned, after it was overwritten: other tokens, or a crash. Calls that overwrite their outputs are tested on a
+  CPU (`tests/overwriting.py`).
 - torch 2.11, whose `is_exporting()` is true in everything that it compiles, compiled no transformed model.
 - `from_pretrained` of a revision, or with `cache_dir` or `subfolder`, did not find the history.
 
@@ -138,6 +139,7 @@ def versions(found: list[dict[str, Any]]) -> str:
         used = job.get("versions", {})
         names = [used.get(n, "") for n in ("python", "torch", "transformers", "onnxruntime")]
         tests = f"{job.get('passed', 0)} passed, {job.get('failed', 0)} failed"
+        tests += f" ({len(job['mended'])} after they were mended)" if job.get("mended") else ""
         lines.append([job["asked"], *names, job["result"], tests if used else job.get("reason", "")])
     return f"""## Versions
 
