@@ -227,7 +227,10 @@ def _stack(parts: list[Part], old: CompactLinear | None) -> tuple[Tensor, Tensor
 
 def _overwrites(parts: list[Part], old: CompactLinear) -> bool:
     """Whether rows may be gathered into memory that is there already: uncompiled, unpacked, without gradients."""
-    if torch.compiler.is_compiling() or old.packed or packs(parts[0][0]):
+    weight = parts[0][0]
+    if torch.compiler.is_compiling() or old.packed or packs(weight):
         return False
+    if (old.weight.dtype, old.weight.device) != (weight.dtype, weight.device):
+        return False  # the model was moved since
     learns = torch.is_grad_enabled() and any(w.requires_grad for w, _, _ in parts)
     return not learns and (torch.is_inference_mode_enabled() or not old.weight.is_inference())

@@ -1,11 +1,12 @@
 """Compiled calls that overwrite their outputs, as CUDA graphs do: what a generation keeps on its KV cache survives."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import pp_fx
 from pp_fx import buffers, compact
@@ -274,6 +275,19 @@ def test_a_prompt_under_cuda_graphs_asks_for_its_memory(reserved, ids, monkeypat
     got = torch.compile(model, backend="eager")(ids, past_key_values=cache).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert selections_on(cache).layers[2]["mlp"].output is not None
+
+
+def test_an_emptied_cache_follows_the_model_to_another_dtype(packed, ids):
+    model = transformed()
+    cache = DynamicCache()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        with torch.no_grad():
+            expected = model(ids, past_key_values=DynamicCache()).logits
+            assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+        assert selections_on(cache).layers[2]["mlp"].output.weight.dtype == dtype
+        cache = copy.deepcopy(cache)  # its own memory, of this dtype
+        cache.layers = DynamicCache().layers
 
 
 def test_a_forgotten_cache_selects_anew_in_the_same_memory(packed, ids):
