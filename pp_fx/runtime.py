@@ -23,7 +23,8 @@ def register_attention(module: nn.Module) -> None:
     a base class).
     """
     names = (name for name, v in module.__dict__.items() if isinstance(v, int | float | str | type(None)))
-    _SETTINGS[type(module)] = tuple(name for name in names if not name.startswith("_"))
+    known = _SETTINGS.get(type(module), ())  # another model's modules of this class may have others
+    _SETTINGS[type(module)] = tuple(dict.fromkeys((*known, *(name for name in names if not name.startswith("_")))))
     for cls in type(module).__mro__:
         found = getattr(inspect.getmodule(cls), "eager_attention_forward", None)
         if found is not None:
@@ -78,7 +79,8 @@ class AttentionView:
 
     def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
         for name in _SETTINGS.get(type(module), ()):
-            setattr(self, name, getattr(module, name, None))
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
         for name, parameter in parameters.items():
             setattr(self, name, parameter)
         self.config = module.config
