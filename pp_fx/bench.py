@@ -232,6 +232,11 @@ def _decode(sides: dict[str, _Side], ids: Tensor, new_tokens: int, compiled: boo
 
 
 def ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, float]]:
+    """Share of the dense MACs that a prefill of ids [B, T] runs, without and with probe and compensation.
+
+    Returns:
+        "blocks" and "with_head" -> "ideal" and "ideal_with_probe".
+    """
     batch, length = ids.shape
     macs, core = count_macs(pruned, batch, length), attention_core_macs(dense.config, length)
     kept = macs.pruned + core * kept_head_share(pruned, batch * length)
@@ -246,6 +251,11 @@ def ideal_prefill(dense: Any, pruned: Any, ids: Tensor) -> dict[str, dict[str, f
 
 
 def ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict[str, dict[str, float]]:
+    """Share of the dense bytes (KV cache counted) that a step behind prompts ids [B, T] reads.
+
+    Returns:
+        "blocks" and "with_head" -> "ideal".
+    """
     batch, length = ids.shape
     element = head_weight(dense).element_size()
     cached = key_value_bytes(dense.config, batch, length + new_tokens / 2, element)
