@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     environment = {**os.environ, "PP_FX_DRAWS": str(options.draws), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_campaign.py", "--hypothesis-show-statistics"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_campaign.py", "--hypothesis-profile=default"]
+    command.append("--hypothesis-show-statistics")
     if options.seed is not None:
         command.append(f"--hypothesis-seed={options.seed}")
     start = time.monotonic()

@@ -3,15 +3,15 @@
 Every draw runs a prompt and then the rest of the sequence in pieces on the KV cache; the oracle is the untransformed
 model over the whole sequence, with the channels that the prompt's selection dropped set to zero by hooks.
 
-60 draws here, a tenth of them compiled; `make soak` draws 1000. hypothesis shrinks a failing draw and stores it for
-the next run.
+60 draws here, always the same, a tenth of them compiled; `make soak` draws 1000 others. hypothesis shrinks a failing
+draw and stores it for the next run.
 """
 
 import copy
 import os
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
@@ -25,7 +25,7 @@ from .zeroed import transformed, zero_channels
 
 DRAWS = int(os.environ.get("PP_FX_DRAWS", "60"))
 NAMES = sorted(name for name, family in FAMILIES.items() if family.mlp is True)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE = 1e-3
 _built = {}
 
 
@@ -122,7 +122,7 @@ class Case:
         return self.cache(config=self.model.config, **size)
 
     def run(self):
-        """Logits of the whole sequence (fed in pieces, each as it was drawn) and the prompt's selections."""
+        """Logits of the whole sequence (fed in pieces, each as it was drawn), the prompt's selections, the cache."""
         cache, forward, start = self.new_cache(), self.model, 0
         if self.way == "compiled":
             torch._dynamo.reset()
@@ -131,12 +131,11 @@ class Case:
         for size in (self.length, *self.rest):
             found.append(self.piece(start, start + size, cache, forward))
             start += size
-        return torch.cat(found, 1), chosen
+        return torch.cat(found, 1), chosen, cache
 
     def chosen(self, forward):
         """The prompt's selections, of a cache that the forward pass makes: corrections lie apart, in no weight yet."""
-        held = selections_on(forward(**self.inputs(self.length), use_cache=True).past_key_values)
-        return {} if held is None else held.layers
+        return layers_on(forward(**self.inputs(self.length), use_cache=True).past_key_values)
 
     def generate(self):
         """As `run`, the rest being what the model generates."""
@@ -153,7 +152,7 @@ class Case:
         )  # fmt: skip
         self.ids = out.sequences[:, :-1]
         self.mask = torch.cat([mask, torch.ones_like(self.ids[:, self.length :])], 1)
-        return torch.cat([prompt[:, :-1], torch.stack(out.logits, 1).to(prompt.dtype)], 1), chosen
+        return torch.cat([prompt[:, :-1], torch.stack(out.logits, 1).to(prompt.dtype)], 1), chosen, out.past_key_values
 
 
 def check_invariants(case, chosen):
@@ -182,21 +181,23 @@ def check_repeats(case, got):
         caches = [DynamicCache(config=case.model.config) for _ in range(2)]
         case.model(**inputs, past_key_values=caches[0])
         found = case.model(**{k: v.flip(0) for k, v in inputs.items()}, past_key_values=caches[1]).logits.flip(0)
-        if same_selection(*caches):  # sums in another order may tip a tie
-            torch.testing.assert_close(found[real] / scale, prompt[real] / scale, atol=TOLERANCE[case.dtype], rtol=0)
+        if same_units(*map(layers_on, caches)):  # sums in another order may tip a tie
+            torch.testing.assert_close(found[real] / scale, prompt[real] / scale, atol=TOLERANCE, rtol=0)
 
 
 def real_rows(case):
     return case.mask[:, : case.ids.shape[1]].bool()
 
 
-def same_selection(first, second):
-    held = [selections_on(cache) for cache in (first, second)]
-    if None in held:
-        return held[0] is held[1]
-    return all(
-        torch.equal(selection.kept, held[1].layers[index][kind].kept)
-        for index, groups in held[0].layers.items()
+def layers_on(cache):
+    held = selections_on(cache)
+    return {} if held is None else held.layers
+
+
+def same_units(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(selection.kept, second[index][kind].kept)
+        for index, groups in first.items()
         for kind, selection in groups.items()
     )
 
@@ -204,18 +205,26 @@ def same_selection(first, second):
 def check(drawn):
     case = Case(drawn)
     with torch.no_grad(), pp_fx.history_frozen(case.model):
-        got, chosen = case.generate() if case.way == "generate" else case.run()
+        got, chosen, cache = case.generate() if case.way == "generate" else case.run()
         assert torch.isfinite(got[real_rows(case)]).all()
         check_invariants(case, chosen)
+        # `chosen` is of a forward of its own, whose bf16 sums are rounded in another order: that may tip a tie
+        same = same_units(chosen, layers_on(cache))
+        assert same or case.dtype == torch.bfloat16
+        assume(same)
         if case.way == "eager" and case.dtype == torch.float32:
             check_repeats(case, got)
         zero_channels(case.plain, layers_of(case.model), _full(chosen))
-        expected = case.plain(**case.inputs(case.ids.shape[1])).logits
+        inputs = case.inputs(case.ids.shape[1])
+        expected = case.plain(**inputs).logits
+        exact = case.plain.float()(**inputs).logits
     real = real_rows(case)
     if case.name == "Doge":  # its own mask looks at every key of the call
         real[:, case.length :] = False
     scale = expected[real].abs().max().clamp(min=1)
-    torch.testing.assert_close(got[real] / scale, expected[real] / scale, atol=TOLERANCE[case.dtype], rtol=0)
+    # bf16: as far from the exact values as the oracle itself, whose sums are rounded in another order
+    error, rounding = ((x[real].float() - exact[real]).abs().max() / scale for x in (got, expected))
+    assert error <= TOLERANCE + 3 * rounding
 
 
 def _full(chosen):

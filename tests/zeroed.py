@@ -82,5 +82,5 @@ def zero_channels(original, rewritten, chosen):
 
 
 def _compensated(out, z, made, columns):
-    corrected = 0 if made.correction is None else z[..., columns] @ made.dense_correction()
-    return out + corrected + made.vector
+    corrected = 0 if made.correction is None else z[..., columns] @ made.dense_correction().to(z.dtype)
+    return out + corrected + made.vector.to(z.dtype)
