@@ -59,7 +59,10 @@ class ProbeConfig:
 
     The probe is a static rectangle of B' samples x T' positions, both ranked by the norm of the residual
     (paper, section 3.1). T' = ceil(token_fraction * T), B' = ceil(sample_fraction * B); the default takes 2.5% of
-    the positions of *all* samples, the paper 50% of the positions of 5% of the samples.
+    the positions of *all* samples, the paper 50% of the positions of 5% of the samples. Positions count from each
+    sample's first real token, on whichever side it is padded; T, of which the share is taken, is the width of the
+    batch, padding included, as every count of tokens in `ProbePruningConfig`: a shape is known without waiting for
+    the device.
 
     Args:
         token_fraction: share of the positions, in (0, 1].
@@ -67,7 +70,7 @@ class ProbeConfig:
         min_positions: at least so many positions (or all, when there are fewer).
         attention: "queries": the probe rows of an attention branch are its queries and attend to the whole keys and
             values, which no pruning touches; "rows": they attend to each other alone (paper).
-        first_position: put position 0 into the probe in place of the lowest ranked pick: "always", "few" (the
+        first_position: put position 0, each sample's first real token, into the probe in place of the lowest ranked pick: "always", "few" (the
             authors' rule: only if at most 10 positions are picked), "never".
     """
 

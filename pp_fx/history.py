@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .gram import gram_sums
 from .padding import add_padded
-from .probe import probe_channel_moment, probe_moment, too_short
+from .probe import first_real, left_aligned, probe_channel_moment, probe_moment, too_short
 from .state import states_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def update_history(
         target = state.energy
     else:
         last = state.energy.shape[0]
-        new_energy, new_mean, any_row = _position_moments(z[:, :last], None if real is None else real[:, :last])
+        new_energy, new_mean, any_row = _position_moments(z, real, last)
         target = state.energy[: new_energy.shape[0]]
         first_energy = probe_moment(probe, rows, 2).mean(0).expand_as(target)
     seen, momentum = state.seen > 0, state.config.momentum
@@ -113,21 +113,33 @@ def _moments(flat: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tenso
     return flat.pow(2).sum(dim) / divisor, flat.sum(dim) / divisor, count > 0
 
 
-def _position_moments(z: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_moments`, the energy per position [T, k], the mean over all rows [k]."""
+def _position_moments(z: Tensor, real: Tensor | None, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_moments` of the first `length` positions, the energy per position [T, k], the mean over all rows [k]."""
+    z, real = _by_position(z, real)
+    z, real = z[:, :length], None if real is None else real[:, :length]
     energy, _, any_row = _moments(z, real, 0)
     _, mean, _ = _moments(z.flatten(0, 1), None if real is None else real.flatten(), 0)
     return energy, mean, any_row
+
+
+def _by_position(z: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """States [B, T, k] as the probe counts positions: from each sample's first real token."""
+    if real is None:
+        return z, None
+    start = first_real(real)
+    return left_aligned(z, start), left_aligned(real, start)
 
 
 def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
     """Add a calibration batch [B, T, C] to the sums and the sketch of `calibrate`."""
     if state.sketch is not None:
         state.sketch.add(z.flatten(0, 1), None if real is None else real.flatten())
+    per_position = state.energy is not None and state.energy.ndim == 2
+    if per_position:
+        z, real = _by_position(z, real)
     z = z.float()
     if real is not None:
         z = torch.where(real.unsqueeze(-1), z, 0.0)
-    per_position = state.energy is not None and state.energy.ndim == 2
     dims = (0,) if per_position else (0, 1)
     counts = torch.ones(z.shape[:2], device=z.device) if real is None else real.float()
     for key, value in (("energy", z.pow(2).sum(dims)), ("count", counts.sum(dims)), ("mean", z.sum((0, 1)))):

@@ -19,17 +19,19 @@ _LARGEST = 1e9
 
 
 class ProbeRows(NamedTuple):
-    """A rectangle of rows. Lists are ascending.
+    """The same positions of some samples. Lists are ascending.
 
     Attributes:
         samples: int64 [B'], or None for all samples.
-        positions: int64 [T'].
+        positions: int64 [T'], counted from each sample's first real token.
         real: bool [B', T'], or None when every row holds a real token.
+        columns: int64 [B', T'], where the positions lie in the batch; None where all samples begin in column 0.
     """
 
     samples: Tensor | None
     positions: Tensor
     real: Tensor | None
+    columns: Tensor | None = None
 
 
 def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerInfo) -> Tensor:
@@ -57,6 +59,8 @@ def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerIn
 def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:
     """Rank positions, then samples, by the norm of the residual [B, T, H]; padded rows rank last.
 
+    Positions count from each sample's first real token, so how much padding lies on its left changes nothing.
+
     Returns:
         The probe's rows, or None when this call needs no probe: the layer is dense here, calibration is running, the
         call reuses the generation's selection, or the prompt is shorter than `min_select_tokens` and the model is
@@ -75,8 +79,11 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None  # an exported graph serves every length: it decides by `too_short`
     energy = _energy(source)
     energy = torch.where(energy.isfinite(), energy, 0.0)
+    start = None
     if real is not None:
-        energy = torch.where(real, energy, 0.0)
+        start = first_real(real)
+        real = left_aligned(real, start)
+        energy = torch.where(real, left_aligned(energy, start), 0.0)
     smaller, larger = _bounds(plan)
     wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
     rank = energy.sum(0)
@@ -87,10 +94,27 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     if settings.sample_fraction < 1:
         count = larger(1, ceil_share(batch, settings.sample_fraction))
         samples = top(energy.index_select(1, positions).sum(1), count, plan.exports)
-    if real is not None:
-        real = real.index_select(1, positions)
-        real = real if samples is None else real.index_select(0, samples)
-    return ProbeRows(samples, positions, real)
+    if real is None or start is None:
+        return ProbeRows(samples, positions, None)
+    real = real.index_select(1, positions)
+    if samples is not None:
+        real, start = real.index_select(0, samples), start.index_select(0, samples)
+    columns = (positions + start[:, None]).clamp(max=length - 1)
+    return ProbeRows(samples, positions, real, columns)
+
+
+def first_real(real: Tensor) -> Tensor:
+    """The column of each sample's first real token, of bool [B, T]: int64 [B]; 0 where no token is real."""
+    return real.int().argmax(1)
+
+
+def left_aligned(tensor: Tensor, start: Tensor) -> Tensor:
+    """[B, T, ...] with every sample moved to the left by its `start` [B]; what then lies at the end is zero."""
+    length = tensor.shape[1]
+    columns = torch.arange(length, device=tensor.device) + start[:, None]
+    shape = (*columns.shape, *(1 for _ in tensor.shape[2:]))
+    moved = tensor.gather(1, columns.clamp(max=length - 1).view(shape).expand(tensor.shape))
+    return torch.where((columns < length).view(shape), moved, moved.new_zeros(()))
 
 
 def too_short(state: GroupState, plan: Plan) -> Tensor:
@@ -115,9 +139,22 @@ def take_rows(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
     """The probe's rows of a [B, T, ...] tensor (or [1, T, ...], shared by all samples): [B', T', ...]."""
     if rows is None:
         return None
+    if rows.columns is not None:
+        return _take_columns(tensor, rows, 1)
     if rows.samples is not None and tensor.shape[0] != 1:
         tensor = tensor.index_select(0, rows.samples)
     return tensor.index_select(1, rows.positions)
+
+
+def _take_columns(tensor: Tensor, rows: ProbeRows, dim: int) -> Tensor:
+    """`rows.columns` of each sample of a [B or 1, .., T, ..] tensor whose columns lie along `dim`: [B', .., T', ..]."""
+    columns, length = rows.columns, tensor.shape[dim]
+    assert columns is not None
+    flat = tensor.movedim(dim, 1).flatten(0, 1)
+    if tensor.shape[0] != 1:
+        sample = torch.arange(columns.shape[0], device=columns.device) if rows.samples is None else rows.samples
+        columns = columns + sample[:, None] * length
+    return flat.index_select(0, columns.flatten()).unflatten(0, columns.shape).movedim(1, dim)
 
 
 def take_samples(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
@@ -148,13 +185,16 @@ def query_mask(
     if rows is None or residual is None:
         return None
     if isinstance(mask, Tensor) and mask.ndim == 4:
+        if rows.columns is not None:
+            return _take_columns(mask, rows, 2)
         if rows.samples is not None and mask.shape[0] != 1:
             mask = mask.index_select(0, rows.samples)
         return mask.index_select(2, rows.positions)
     key = torch.arange(keys.shape[2], device=keys.device)
     flash = module is not None and "flash" in module.config._attn_implementation
-    query = rows.positions[:, None] + (keys.shape[2] - plan.shape[1] if flash else 0)
-    allowed = ((key <= query) if window is None else (key <= query) & (key > query - window))[None]
+    columns = rows.positions[None] if rows.columns is None else rows.columns
+    query = columns[..., None] + (keys.shape[2] - plan.shape[1] if flash else 0)
+    allowed = (key <= query) if window is None else (key <= query) & (key > query - window)
     if mask is not None:
         real = take_samples(mask, rows)[:, None, -keys.shape[2] :] != 0  # type: ignore[index]
         allowed = (allowed & real) | (key == query)

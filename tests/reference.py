@@ -84,9 +84,12 @@ class Reference:
 
     # ------------------------------------------------------------------ the method
     def rank(self, residual, real):
-        """Probe positions and samples: the rows with the largest residual norm."""
+        """Probe positions, from each sample's first real token, and samples: the rows with the largest residual norm."""
         batch, length, _ = residual.shape
-        norms = (residual**2).sum(-1).sqrt() * real
+        norms = torch.zeros(batch, length)
+        for b in range(batch):
+            for t in range(self.begin[b], length):
+                norms[b, t - self.begin[b]] = residual[b, t].norm() * real[b, t]
         count = min(length, max(self.s.min_positions, math.ceil(round(self.s.token_fraction * length, 9))))
         by_position = (norms**2).sum(0).sqrt()
         order = sorted(range(length), key=lambda t: -by_position[t].item())
@@ -168,13 +171,16 @@ class Reference:
         if self.prompt is not None:
             return self.decode(key, full, linear, width)
         positions, samples = self.rank(residual, real)
+        columns = [(positions + self.begin[b]).clamp(max=residual.shape[1] - 1) for b in samples]
+        inside = torch.stack([positions + self.begin[b] < residual.shape[1] for b in samples])
+        probed = torch.stack([residual[b][c] for b, c in zip(samples, columns, strict=True)])
+        valid = torch.stack([real[b][c] for b, c in zip(samples, columns, strict=True)]) & inside
         if kind == "attention" and self.s.queries:
-            z = full[samples][:, positions]
+            z = torch.stack([full[b][c] for b, c in zip(samples, columns, strict=True)])
         else:
-            z = torch.stack([state(residual[b][positions], positions, real[b][positions]) for b in samples])
-        valid = real[samples][:, positions]
+            z = torch.stack([state(r, c, v) for r, c, v in zip(probed, columns, valid, strict=True)])
         if kind == "attention" and self.s.joint_heads:
-            chosen = self.choose_heads(key, z, valid, residual[samples][:, positions], linear.weight, kept)
+            chosen = self.choose_heads(key, z, valid, probed, linear.weight, kept)
         else:
             chosen = self.choose(key, z, valid, positions, linear.weight, kept, width)
         self.kept[key] = chosen
@@ -269,6 +275,7 @@ class Reference:
         """
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.kept, self.bias, self.gap, self.prompt, self.dense_from = {}, {}, math.inf, prompt, dense_from
+        self.begin = [row.tolist().index(True) if row.any() else 0 for row in real]
         x = self.m.model.embed_tokens.weight[ids]
         for i, layer in enumerate(self.m.model.layers):
             heads, channels = self.c.num_attention_heads, self.c.intermediate_size

@@ -244,3 +244,31 @@ def test_a_copy_with_other_weights_selects_anew(ids):
         before = selections_on(cache).layers[2]["mlp"].version
         other(ids[:, :1], past_key_values=cache)
     assert selections_on(cache).layers[2]["mlp"].version != before
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("history", ["channel", "position"])
+@pytest.mark.parametrize("attention", ["queries", "rows"])
+def test_padding_on_either_side_changes_nothing(llama, ids, attention, history, calibrated):
+    """As transformers' test_left_padding_compatibility, and for samples that are padded by unlike amounts."""
+    probe = pp_fx.ProbeConfig(attention=attention, sample_fraction=0.7)
+    pp_fx.transform(llama, pp_fx.ProbePruningConfig(**{**PRUNED.to_dict(), "probe": probe, "history": history}))
+    if calibrated:
+        pp_fx.calibrate(llama, ids, progress=False)
+    ids = ids.clone()
+    lengths = (40, 33, 38)
+    found = []
+    with pp_fx.history_frozen(llama):
+        for left in (0, 1, 9):
+            for right in (0, 3):
+                width = left + 40 + right
+                given, mask = torch.full((3, width), 5, device=ids.device), torch.zeros((3, width), dtype=torch.long)
+                for row, length in enumerate(lengths):
+                    start = width - right - length if left else 0
+                    given[row, start : start + length] = ids[row, :length]
+                    mask[row, start : start + length] = 1
+                mask = mask.to(ids.device)
+                positions = (mask.cumsum(1) - 1).clamp(min=0)
+                found.append(logits(llama, given, attention_mask=mask, position_ids=positions)[mask.bool()])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)
