@@ -70,8 +70,8 @@ class ProbeConfig:
         min_positions: at least so many positions (or all, when there are fewer).
         attention: "queries": the probe rows of an attention branch are its queries and attend to the whole keys and
             values, which no pruning touches; "rows": they attend to each other alone (paper).
-        first_position: put position 0, each sample's first real token, into the probe in place of the lowest ranked pick: "always", "few" (the
-            authors' rule: only if at most 10 positions are picked), "never".
+        first_position: put position 0, each sample's first real token, into the probe in place of the lowest ranked
+            pick: "always", "few" (the authors' rule: only if at most 10 positions are picked), "never".
     """
 
     token_fraction: float = 0.025

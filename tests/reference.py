@@ -84,7 +84,7 @@ class Reference:
 
     # ------------------------------------------------------------------ the method
     def rank(self, residual, real):
-        """Probe positions, from each sample's first real token, and samples: the rows with the largest residual norm."""
+        """Probe positions (from each sample's first real token) and samples: the rows with the largest norm."""
         batch, length, _ = residual.shape
         norms = torch.zeros(batch, length)
         for b in range(batch):
