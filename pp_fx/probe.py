@@ -114,7 +114,9 @@ def left_aligned(tensor: Tensor, start: Tensor) -> Tensor:
     columns = torch.arange(length, device=tensor.device) + start[:, None]
     shape = (*columns.shape, *(1 for _ in tensor.shape[2:]))
     moved = tensor.gather(1, columns.clamp(max=length - 1).view(shape).expand(tensor.shape))
-    return torch.where((columns < length).view(shape), moved, moved.new_zeros(()))
+    inside = (columns < length).view(shape)
+    # onnxruntime chooses no booleans
+    return inside & moved if moved.dtype == torch.bool else torch.where(inside, moved, moved.new_zeros(()))
 
 
 def too_short(state: GroupState, plan: Plan) -> Tensor:
