@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from .cache import Selection, Selections, forget, put_selections, selections_on
 from .config import ProbePruningConfig
 from .errors import StateError
-from .intact import Inside, check_inside
+from .intact import Inside, check_dropout, check_inside
 from .state import states_of
 
 INFO = "pp_fx_info"
@@ -166,12 +166,14 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the module that holds the layers: refuse what cannot be served, look at the KV cache.
 
     Raises:
-        StateError: the layers were changed since `transform`, gradient checkpointing would select a second time,
-            generate_batch's paged cache, or the cache holds tokens and the selections of another transform, or is
-            reserved for another one or another batch size.
+        StateError: the layers were changed since `transform`, dropout was asked for, gradient checkpointing would
+            select a second time, generate_batch's paged cache, or the cache holds tokens and the selections of another
+            transform, or is reserved for another one or another batch size.
     """
     info: ModelInfo = module.__dict__[INFO]
     check_inside(info.inside)
+    if module.training:
+        check_dropout(info.inside)
     if not info.prunes:
         return
     if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":

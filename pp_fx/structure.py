@@ -16,6 +16,7 @@ from .config import ProbePruningConfig
 from .errors import UnsupportedModelError
 from .groups import Group
 from .passes import BlockGraph, probe_pruning
+from .reads import Reads, recorded
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Structure:
         probes: group kind -> the probe branch as a function.
         reprobes: group kind -> whether it can be probed again while decoding.
         reasons: why a branch is left dense.
+        reads: the attributes whose values the graph holds.
     """
 
     cls: type
@@ -35,6 +37,7 @@ class Structure:
     probes: dict[str, Any]
     reprobes: dict[str, bool]
     reasons: list[str]
+    reads: Reads
 
 
 def find_structures(
@@ -59,7 +62,9 @@ def find_structures(
         key = structure_key(layer)
         if key in found:
             continue
-        graph = capture_layer(model, layer, (calls[0][i], calls[1][i]))
+        reads: Reads = {}
+        with recorded(reads):
+            graph = capture_layer(model, layer, (calls[0][i], calls[1][i]))
         block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
         probe_pruning(config)(block)
         groups = {n.group.kind: n.group for n in block.inserted}
@@ -69,6 +74,7 @@ def find_structures(
             probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
             reprobes={n.group.kind: n.reprobes for n in block.inserted},
             reasons=block.groups.reasons,
+            reads=reads,
         )
     return found, calls[0]
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from .groups import AttentionGroup, Group
 from .guard import TOKENS, set_guard
 from .intact import Inside, refuse_hooks
 from .plan import INFO, LayerInfo, ModelInfo, check_call
+from .reads import Reads
 from .state import GroupState
 from .structure import Structure, find_structures
 from .verify import compare_layers, run_layer
@@ -106,7 +108,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
         prunes = any(state.prunes for _, _, states in prepared for state in states.values())
-        holder.__dict__[INFO] = ModelInfo(owner, config, prunes, Inside.of(layers))
+        holder.__dict__[INFO] = ModelInfo(owner, config, prunes, Inside.of(layers, _reads(structures.values())))
         if hasattr(model, SAVE):
             model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
         holder.register_forward_pre_hook(check_call, with_kwargs=True)
@@ -164,6 +166,15 @@ def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
         multiple = config.round_to or 1
         kept = min(group.units, -(-kept // multiple) * multiple)
     return kept
+
+
+def _reads(structures: Iterable[Structure]) -> Reads:
+    """What the graphs of all structures hold the values of."""
+    found: Reads = {}
+    for structure in structures:
+        for cls, names in structure.reads.items():
+            found.setdefault(cls, set()).update(names)
+    return found
 
 
 def _limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:

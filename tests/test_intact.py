@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pp_fx
 from pp_fx.errors import StateError
 
 from .conftest import tiny_llama
+from .families import build
+from .zeroed import transformed
 
 CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1)
 
@@ -47,6 +50,122 @@ def test_an_adapter_in_place_of_a_projection(model, ids):
     with pytest.warns(UserWarning, match="leaves mlp dense"):
         pp_fx.transform(adapted, CONFIG)
     assert torch.isfinite(adapted(ids).logits).all()
+
+
+def _half(mlp):
+    return lambda x: 0.5 * type(mlp).forward(mlp, x)
+
+
+CHANGES = {
+    "forward of a module": (lambda m: setattr(m.model.layers[1].mlp, "forward", _half(m.model.layers[1].mlp)), "mlp"),
+    "class of a module": (
+        lambda m: setattr(m.model.layers[0].mlp, "__class__", type("Other", (LlamaMLP,), {})),
+        "Other",
+    ),
+    "scaling": (lambda m: setattr(m.model.layers[2].self_attn, "scaling", 0.5), r"scaling of a LlamaAttention.* 0\.5"),
+    "epsilon": (lambda m: setattr(m.model.layers[0].input_layernorm, "variance_epsilon", 0.1), "variance_epsilon"),
+    "head_dim": (lambda m: setattr(m.model.layers[0].self_attn, "head_dim", 8), "head_dim"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_the_graph_holds_must_stay(model, ids, name, copied):
+    change, message = CHANGES[name]
+    other = copy.deepcopy(model)
+    if copied:
+        model, other = other, model
+    change(model)
+    with pytest.raises(StateError, match=message):
+        model(ids)
+    other(ids)
+    pp_fx.restore(model)
+
+
+def test_a_forward_of_a_class_replaced(model, ids, monkeypatch):
+    original = LlamaMLP.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", lambda self, x: 0.5 * original(self, x))
+        with pytest.raises(StateError, match="forward of class LlamaMLP was replaced"):
+            model(ids)
+    model(ids)
+
+
+@pytest.mark.parametrize("switch", ["disable_adapter_layers", "scale"])
+def test_an_adapter_that_was_there_is_switched(ids, switch):
+    import peft
+
+    settings = peft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_llama(), settings).eval()
+    with pytest.warns(UserWarning, match="leaves mlp dense"):
+        pp_fx.transform(adapted, CONFIG)
+    adapted(ids)
+    if switch == "scale":
+        for module in adapted.modules():
+            if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+                module.scaling["default"] *= 0.5
+    else:
+        adapted.disable_adapter_layers()
+    with pytest.raises(StateError, match=r"(scaling|_disable_adapters) of a Linear"):
+        adapted(ids)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Falcon, alibi", "Bloom", "OLMo", "Granite", "Mixtral", "Phi3"])
+def test_every_attribute_that_a_layer_reads_is_watched(family, ids):
+    """The oracle reads nothing: each plain attribute of the original's modules is changed in turn.
+
+    Where the original's logits change, the transformed model's call must change with them, or be refused.
+    """
+    original = build(family)
+    model = transformed(copy.deepcopy(original), pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
+    dense, checked = outcome(original, ids), 0
+    for path, module in layer_modules(original):
+        twin = model.get_submodule(path)
+        for name, value in list(vars(module).items()):
+            if name in vars(torch.nn.Module()) or name == "layer_idx" or not isinstance(value, int | float):
+                continue
+            if isinstance(module, torch.nn.Dropout):
+                continue
+            other = not value if isinstance(value, bool) else type(value)(value * 3 + 1)
+            setattr(module, name, other)
+            setattr(twin, name, other)
+            expected, got = outcome(original, ids), outcome(model, ids)
+            setattr(module, name, value)
+            setattr(twin, name, value)
+            if expected is None or not torch.equal(expected, dense):
+                checked += 1
+                assert got is None or (expected is not None and torch.equal(got, expected)), (path, name)
+    assert checked
+
+
+def layer_modules(model):
+    holder = max((m for m in model.named_modules() if isinstance(m[1], torch.nn.ModuleList)), key=lambda m: len(m[1]))[
+        0
+    ]
+    return [(n, m) for n, m in model.named_modules() if n.startswith(f"{holder}.1")]
+
+
+def outcome(model, ids):
+    """Logits, or None where the call raises."""
+    try:
+        with torch.no_grad():
+            return model(ids).logits
+    except Exception:
+        return None
+
+
+def test_dropout_is_refused_in_training(ids):
+    model = transformed(build("GPT-2"), pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.transformer.h[0].mlp.dropout.p = 0.1
+    model(ids)
+    model.train()
+    with pytest.raises(StateError, match=r"training mode and dropout \(Dropout\) of a decoder layer has p=0\.1"):
+        model(ids)
+    model.transformer.h[0].mlp.dropout.p = 0.0
+    model(ids)
 
 
 def test_hooks_that_transformers_leaves_behind_are_no_obstacle(ids):
