@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ..cache import selections_on
 from ..capture import find_layers
 from ..config import ProbePruningConfig
+from ..defaults import own_defaults
 from ..errors import ExportError
 from ..guard import guard_lifted
 from ..history import history_frozen
@@ -69,6 +70,7 @@ class Check:
             )
 
 
+@own_defaults()
 def check(directory: str | Path, *, seed: int = 0, provider: str = CPU) -> Check:
     """Compare the logits and kept units of an exported folder under onnxruntime with torch.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from onnxscript import ir
 
+from ..defaults import own_defaults
 from ..errors import ExportError, InputError, StateError
 from ..guard import guard_lifted
 from ..macs import count_macs
@@ -30,6 +31,7 @@ _SMALL = 1024
 """Bytes up to which a tensor stays inside model.onnx."""
 
 
+@own_defaults()
 def onnx(
     model: Any,
     directory: str | Path,

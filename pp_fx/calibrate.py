@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .arguments import check_integers, check_token_ids
+from .defaults import own_defaults
 from .errors import InputError, StateError
 from .gram import gram_of_sums
 from .guard import guard_lifted
@@ -19,6 +20,7 @@ from .state import GroupState, states_of
 from .transform import layers_of
 
 
+@own_defaults()
 def calibrate(
     model: nn.Module,
     batches: Any,

@@ -128,7 +128,7 @@ def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
         products = (rows @ kernels.kept_rows(weight.t(), dropped, known.exports).to(dtype)).float()
     # the last one: the dropped channels' mean output
     kept_factor = factor.index_select(1, known.kept) * scale
-    gram = kept_factor @ kept_factor.t() + torch.eye(kept_factor.shape[0], device=weight.device)
+    gram = kept_factor @ kept_factor.t() + torch.eye(len(kept_factor), dtype=factor.dtype, device=weight.device)
     solved = ops.solve(gram, products[:-1], known.exports)
     coefficients = (kept_factor * scale).t()
     at_mean = (mu.index_select(0, known.kept) @ coefficients) @ solved
@@ -167,7 +167,7 @@ def _mean(known: Known) -> Tensor:
 
 def _dropped(known: Known, channels: int) -> Tensor:
     """The columns that are not kept, ascending: int64 [C - k]."""
-    mask = torch.ones(channels, device=known.kept.device).index_fill(0, known.kept, 0)
+    mask = torch.ones(channels, dtype=torch.float32, device=known.kept.device).index_fill(0, known.kept, 0)
     return kernels.top(mask, channels - known.kept.shape[0], known.exports)
 
 
@@ -176,7 +176,7 @@ def _row_weights(known: Known) -> Tensor:
     rows: Tensor = known.rows  # type: ignore[assignment]
     if known.real is None:
         return rows.new_full((rows.shape[0],), 1 / rows.shape[0])
-    return known.real / known.real.sum().clamp(min=1)
+    return known.real.to(rows.dtype) / known.real.sum().clamp(min=1)
 
 
 def _covariance(known: Known, mu: Tensor) -> tuple[Tensor, Tensor]:

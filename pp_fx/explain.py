@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from .arguments import check_integers
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig, as_config
+from .defaults import own_defaults
 from .errors import InputError, UnsupportedModelError
 from .exported import LAYER
 from .groups import AttentionGroup, Group
@@ -109,6 +110,7 @@ class Explanation:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@own_defaults()
 def explain(
     model: nn.Module | PreTrainedConfig,
     config: ProbePruningConfig | dict | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .defaults import without_autocast
 from .probe import sample_rows
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def output_gram(
         return outputs @ outputs.t() / count
 
 
+@without_autocast
 def probe_gram(
     state: GroupState, z: Tensor | None, rows: ProbeRows | None, residual: Tensor | None, weight: Tensor, plan: Plan
 ) -> Tensor | None:
@@ -73,14 +75,14 @@ def gram_sums(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, 
     """
     z, scale = z.float(), residual.float().square().mean(-1).clamp(min=_TINY).reciprocal()
     if real is None:
-        count = torch.tensor(float(scale.numel()), device=z.device)
+        count = torch.tensor(float(scale.numel()), dtype=torch.float32, device=z.device)
         mean = z.mean(1, keepdim=True)
     else:
         count = real.sum()
         z, scale = torch.where(real[:, :, None], z, 0.0), torch.where(real, scale, 0.0)
         mean = z.sum(1, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None]
     rows = ((z - mean) * scale.sqrt()[:, :, None]).flatten(0, 1)
-    gram = torch.zeros(units, units, device=z.device)
+    gram = torch.zeros(units, units, dtype=torch.float32, device=z.device)
     blocks = weight.t().float().unflatten(0, (units, -1))
     for part in rows.split(_CHUNK):  # the outputs of single heads, of few rows at a time
         outputs = (part.unflatten(1, (units, -1)).transpose(0, 1) @ blocks).flatten(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .defaults import without_autocast
 from .gram import gram_sums
 from .padding import add_padded
 from .probe import first_real, left_aligned, probe_channel_moment, probe_moment, too_short
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .state import GroupState
 
 
+@without_autocast
 def update_history(
     state: GroupState,
     z: Tensor,
@@ -141,7 +143,7 @@ def _accumulate(state: GroupState, z: Tensor, real: Tensor | None) -> None:
     if real is not None:
         z = torch.where(real.unsqueeze(-1), z, 0.0)
     dims = (0,) if per_position else (0, 1)
-    counts = torch.ones(z.shape[:2], device=z.device) if real is None else real.float()
+    counts = torch.ones(z.shape[:2], dtype=torch.float32, device=z.device) if real is None else real.float()
     for key, value in (("energy", z.pow(2).sum(dims)), ("count", counts.sum(dims)), ("mean", z.sum((0, 1)))):
         old = state.sums.get(key)
         state.sums[key] = value.double() if old is None else add_padded(old, value.double())

@@ -14,7 +14,7 @@ def _cholesky(a: Tensor, b: Tensor) -> Tensor:
 def _triangular(a: Tensor, b: Tensor) -> Tensor:
     """On CUDA: `cholesky_inverse` and `cholesky_solve` wait for the device to look at its error flag, this does not."""
     factor = torch.linalg.cholesky_ex(a).L
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(a), device=a.device), upper=False)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(a), dtype=a.dtype, device=a.device), upper=False)
     return inverse.t() @ (inverse @ b)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .defaults import own_defaults
 from .errors import InputError, StateError
 from .transform import config_of, layers_of
 
@@ -25,6 +26,7 @@ KEYS = ("energy", "mean", "directions", "gram", "seen")
 """Buffers of a GroupState that are its history."""
 
 
+@own_defaults()
 def save_pretrained(model: Any, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """transformers' `save_pretrained`, and the history; config.json tells `from_pretrained` to prune.
 
@@ -74,6 +76,7 @@ def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:
     return path
 
 
+@own_defaults()
 def read_history(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a history file into a transformed model. All of it is checked before anything changes.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cache import Selection
 from .compensation import COMPENSATIONS, Compensation, Known, least_squares_or_mean
+from .defaults import without_autocast
 from .errors import StateError
 from .gather import gather_rows, whole_rows
 from .kernels import top
@@ -29,6 +30,7 @@ def fuse(probe: Tensor, history: Tensor, epsilon: float) -> Tensor:
     return probe * (probe * share) + history * (history * share)
 
 
+@without_autocast
 def unit_scores(
     state: GroupState, z: Tensor | None, rows: ProbeRows | None, gram: Tensor | None, plan: Plan
 ) -> Tensor | None:
@@ -103,6 +105,7 @@ def rows_ahead(state: GroupState, plan: Plan, *linears: Any) -> tuple[Tensor | N
     return whole_rows(*linears) if selects(state, plan) else gather_rows(reused(state, plan), *linears)
 
 
+@without_autocast
 def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: LayerInfo) -> Selection | None:
     """The selection of this call: made anew, or the generation's; None means that all units run (dense)."""
     if not selects(state, plan):
@@ -137,6 +140,7 @@ def _reselect(state: GroupState, scores: Tensor, selection: Selection, plan: Pla
     return selection
 
 
+@without_autocast
 def compensate(
     state: GroupState,
     selection: Selection | None,

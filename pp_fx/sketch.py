@@ -89,7 +89,7 @@ def _principal(stack: Tensor, variance: Tensor, rank: int) -> Tensor:
         return stack
     scaled = stack / variance.sqrt().clamp(min=1e-12)
     gram = scaled @ scaled.t()
-    basis = torch.randn(count, rank, generator=torch.Generator().manual_seed(0)).to(stack.device)
+    basis = torch.randn(count, rank, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(stack.device)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(gram @ basis).Q
     values = torch.linalg.eigh(basis.t() @ gram @ basis)

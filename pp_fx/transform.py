@@ -15,6 +15,7 @@ from torch import nn
 from .block import ProbePrunedLayer, install, output_weight, uninstall
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig, as_config
+from .defaults import own_defaults
 from .errors import StateError, UnsupportedModelError
 from .exported import LAYER
 from .groups import AttentionGroup, Group
@@ -62,6 +63,7 @@ def config_of(model: nn.Module) -> ProbePruningConfig:
     return layers_of(model)[0].__dict__[LAYER].config
 
 
+@own_defaults()
 def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None) -> nn.Module:
     """Rewrite the decoder layers of a model in place, so that every batch runs only the heads and channels it needs.
 
@@ -120,6 +122,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     return model
 
 
+@own_defaults()
 def restore(model: nn.Module) -> nn.Module:
     """Undo `transform`: the original layers, bit for bit, with their original memory layout.
 

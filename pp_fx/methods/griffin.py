@@ -14,7 +14,7 @@ from .score import SCORES, Score, Statistics
 
 def _column(weight: Tensor) -> Tensor:
     """The weights of the output projection play no part."""
-    return torch.ones(weight.shape[1], device=weight.device)
+    return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
 def _units(given: Statistics) -> Tensor:

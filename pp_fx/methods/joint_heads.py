@@ -15,7 +15,7 @@ from .score import SCORES, Score, Statistics
 
 def _column(weight: Tensor) -> Tensor:
     """Not used: the Gram matrix holds the weights already."""
-    return torch.ones(weight.shape[1], device=weight.device)
+    return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
 def _units(given: Statistics) -> Tensor:

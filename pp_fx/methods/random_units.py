@@ -11,7 +11,9 @@ from .score import SCORES, Score, Statistics
 
 def _column(weight: Tensor) -> Tensor:
     """Fixed random numbers."""
-    return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    return torch.rand(weight.shape[1], dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(
+        weight.device
+    )
 
 
 def _units(given: Statistics) -> Tensor:
