@@ -128,7 +128,7 @@ def merge(prefill: ir.Model, decode: ir.Model, outside: Outside) -> ir.Model:
     phases = [_phase(m, outside) for m in (prefill, decode)]
     names = sorted((str(v.name) for v in phases[0][1]), key=_order)
     then = _branch(*phases[0], "prefill", names, outside)
-    outputs = [_copy(v, n) for n, v in zip(names, then.outputs, strict=True)]
+    outputs = [_output(n, v) for n, v in zip(names, then.outputs, strict=True)]
     otherwise = _branch(*phases[1], "decode", names, outside)
     length = ir.Node("", "Shape", [outside.inputs["input_ids"]], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
     asked = ir.Node("", "GreaterOrEqual", [length.outputs[0], outside.optional[MIN_SELECT]])
@@ -272,6 +272,14 @@ def _array(tensor: Any) -> Any:
 def _initializer(name: str, array: Any) -> ir.Value:
     tensor = ir.tensor(array, name=name)
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+
+def _output(name: str, value: ir.Value) -> ir.Value:
+    """Of the whole graph; a compact weight has rows where the call selects, and none where it does not."""
+    found = _copy(value, name)
+    if name.startswith("present_compact."):
+        found.shape = ir.Shape([f"{name}.rows", *value.shape[1:]])  # type: ignore[index,union-attr]
+    return found
 
 
 def _copy(value: ir.Value, name: str) -> ir.Value:

@@ -6,6 +6,7 @@ the one at which a configuration in config.json changes the model that is loaded
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import ProbePruningConfig, as_config
-from .errors import ConfigError, StateError
-from .saving import HISTORY, read_history
+from .errors import ConfigError, InputError, StateError
+from .saving import HISTORY, SETTINGS, read_history
 from .transform import transform
 
 METHOD = "pp_fx"
@@ -50,6 +51,40 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.config = as_config(fields if config is None else config)
         self.history_file = history_file
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ProbePruningHfConfig:
+        """Of a folder or hub id that was saved with `save_pretrained(.., quantization_config=False)`.
+
+        Args:
+            name: folder or hub id.
+            **kwargs: of transformers' `cached_file` (revision, subfolder, token, ..).
+
+        Raises:
+            InputError: there is no pp_fx_config.json.
+            ConfigError: it cannot be read, or a field is unknown or has a wrong value.
+        """
+        found = cls.find(name, **kwargs)
+        if found is None:
+            raise InputError(
+                f"name={str(name)!r} has no {SETTINGS}; give a folder of save_pretrained(.., quantization_config=False)"
+            )
+        return found
+
+    @classmethod
+    def find(cls, name: str | Path, **kwargs: Any) -> ProbePruningHfConfig | None:
+        """As `from_pretrained`, None where there is no such file."""
+        quiet = ("missing_entries", "connection_errors", "gated_repo")
+        path = cached_file(str(name), SETTINGS, **{f"_raise_exceptions_for_{q}": False for q in quiet}, **kwargs)
+        if path is None:
+            return None
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**fields)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); save the model again") from None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the method, and every field of the configuration."""

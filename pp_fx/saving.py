@@ -1,13 +1,13 @@
 """What a transformed model writes beside its ordinary weights: the configuration and the history; and reading it back.
 
 `transform` gives the model object a `save_pretrained` of its own, which calls transformers' and adds
-`pp_fx_history.safetensors`; `pp_fx.hf_quantizer` reads both in `from_pretrained`. Weights keep their names and shapes,
-so every tool loads the folder as the dense model.
+`pp_fx_history.safetensors`; `pp_fx.hf_quantizer` reads both in `from_pretrained`. Weights keep their names and shapes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,30 @@ from .errors import InputError, StateError
 from .transform import config_of, layers_of
 
 HISTORY = "pp_fx_history.safetensors"
+SETTINGS = "pp_fx_config.json"
+"""Holds the pruning's configuration where config.json is to be that of the dense model."""
 KEYS = ("energy", "mean", "directions", "gram", "seen")
 """Buffers of a GroupState that are its history."""
 
 
 @own_defaults()
-def save_pretrained(model: Any, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+def save_pretrained(
+    model: Any, save_directory: str | os.PathLike, *, quantization_config: bool = True, **kwargs: Any
+) -> None:
     """transformers' `save_pretrained`, and the history; config.json tells `from_pretrained` to prune.
 
     Args:
         model: a transformed model.
         save_directory: folder, made if need be.
+        quantization_config: True writes the pruning's configuration into config.json, as transformers' method for what
+            changes a model as it is loaded; many other tools refuse such a folder. False leaves config.json as the
+            dense model's, which every tool loads, and writes `pp_fx_config.json` beside it; then
+            `from_pretrained(folder, quantization_config=pp_fx.ProbePruningHfConfig.from_pretrained(folder))` prunes.
         **kwargs: of transformers' method.
 
     Raises:
         InputError: `push_to_hub=True`; `model.push_to_hub(repo_id)` sends the whole folder.
+        StateError: the model is quantized as well.
     """
     from .hf_quantizer import ProbePruningHfConfig
 
@@ -48,13 +57,22 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, **kwargs: Any
             f"model.config.quantization_config is set ({type(model.config.quantization_config).__name__}); quantized "
             "weights cannot be saved with a pruning configuration; call pp_fx.restore(model) first"
         )
-    model.config.quantization_config = ProbePruningHfConfig(config, history_file=holds_history(model))
+    settings = ProbePruningHfConfig(config, history_file=holds_history(model))
+    if quantization_config:
+        model.config.quantization_config = settings
     try:
         type(model).save_pretrained(model, save_directory, **kwargs)
     finally:
-        del model.config.quantization_config
-    if kwargs.get("is_main_process", True) and holds_history(model):
+        if quantization_config:
+            del model.config.quantization_config
+    if not kwargs.get("is_main_process", True):
+        return
+    if holds_history(model):
         write_history(model, save_directory)
+    apart = Path(save_directory, SETTINGS)
+    apart.unlink(missing_ok=True)  # of an earlier save
+    if not quantization_config:
+        apart.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:

@@ -26,7 +26,7 @@ def read(name: str, argument: str = "text") -> str:
 
         return "\n\n".join(topics[key] for key in sorted(topics))
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")  # a byte order mark is no token
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{argument}={name!r} cannot be read ({error}); give a UTF-8 file or {PYTHON_DOCS!r}"

@@ -105,6 +105,22 @@ def test_tools_that_know_nothing_of_selections_get_right_unpruned_decoding(expor
     np.testing.assert_allclose(session.run(["logits"], feeds)[0], expected.numpy(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [40, 3])
+def test_every_output_has_a_shape_that_the_file_declares(exported, ids, length, capfd):
+    """A short call selects nothing: its compact weights have no rows. onnxruntime warns of what was not declared."""
+    session = onnxruntime.InferenceSession(exported[1] / "model.onnx")
+    feeds = {"input_ids": ids[:, :length].numpy(), "attention_mask": np.ones((3, length), np.int64)}
+    feeds["position_ids"] = np.arange(length)[None].repeat(3, 0)
+    for i in range(3):
+        feeds |= {f"past_key_values.{i}.{part}": np.zeros((3, 2, 0, 16), np.float32) for part in ("key", "value")}
+    capfd.readouterr()
+    found = session.run(None, feeds)
+    assert "shape" not in capfd.readouterr().err
+    for declared, value in zip(session.get_outputs(), found, strict=True):
+        fixed = [(n, m) for n, m in zip(declared.shape, value.shape, strict=True) if isinstance(n, int)]
+        assert all(n == m for n, m in fixed), (declared.name, declared.shape, value.shape)
+
+
 def test_history_learns_when_it_is_fed_back(exported, ids):
     model, folder = exported
     ours = OrtModel.from_pretrained(folder, threads=1)
