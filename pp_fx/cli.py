@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,7 @@ MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels drop
 AttentionRatio = Annotated[
     float | None, typer.Option(help="Share of query heads dropped; default preset: 0, paper: as --mlp-ratio.")
 ]
+SkipLayers = Annotated[int | None, typer.Option(help="The first so many layers stay dense; of the preset: 3.")]
 Preset = Annotated[str, typer.Option(help="default, or paper (the authors' settings, attention heads too).")]
 Config = Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")]
@@ -107,6 +109,7 @@ def eval_command(
     dtype: Dtype = "bfloat16",
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
+    skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
     compile_model: Compile = False,
@@ -114,11 +117,12 @@ def eval_command(
 ) -> None:
     """Perplexity and time of MODEL, dense and pruned, over a text. Under torchrun the processes share the batches."""
     console = _console(json_file)
-    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     _dtype(dtype)
     texts = {"text": read(text)}
     if calibration is not None:
         texts["calibration"] = read(calibration, "calibration")
+    _check_fit(settings, model)
     with processes() as rank:
         loaded, tokenizer = _load_dense(model, dtype)
         ids = sequences(texts["text"], tokenizer, sequence_count, length)
@@ -139,6 +143,7 @@ def bench_command(
     dtype: Dtype = "bfloat16",
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
+    skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
     compile_model: Compile = False,
@@ -154,12 +159,13 @@ def bench_command(
 ) -> None:
     """Time of MODEL, pruned against dense, interleaved in one process: decoder blocks, and with the LM head."""
     console = _console(json_file)
-    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     if guard:
         settings = dataclasses.replace(settings, guard=True)
     if attention not in ("sdpa", "eager"):
         raise InputError(f"attention={attention!r} is unknown; choose sdpa or eager")
     prompts = read(text)
+    _check_fit(settings, model)
     loaded, tokenizer = _load_dense(model, dtype)
     loaded.set_attn_implementation(attention)
     ids = sequences(prompts, tokenizer, batch, length)
@@ -227,6 +233,7 @@ def export_command(
     ] = PYTHON_DOCS,
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
+    skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
@@ -239,13 +246,15 @@ def export_command(
 
     check_target(directory, overwrite)
     console = _console(json_file)
-    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     if dtype not in ("float32", "float16"):
         raise InputError(f"dtype={dtype!r} is unknown; choose float32 or float16")
     sample = None if calibration == "none" else read(calibration, "calibration")
+    if saved_settings(load_config(model)) is None:
+        _check_fit(settings, model)
     loaded, tokenizer = load(model, torch.float32)
     if is_transformed(loaded):
-        if (mlp_ratio, attention_ratio, preset, config) != (None, None, "default", None):
+        if (mlp_ratio, attention_ratio, skip_layers, preset, config) != (None, None, None, "default", None):
             raise InputError(f"model={model!r} is saved with its own pruning; leave ratios, preset and config out")
         settings, sample = config_of(loaded), None
     else:
@@ -264,6 +273,19 @@ def export_command(
         f"{directory}: {size / 1e6:.0f} MB; onnxruntime and torch differ by {found.difference:.1e} of the largest "
         f"logit, kept units agree at {found.agreement:.2%}"
     )
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def lm_eval_command(context: typer.Context) -> None:
+    """lm-eval's own command line (its arguments follow), which then knows models that were saved with their pruning."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        raise InputError(f"lm-eval needs the package {error.name}; run: pip install 'pp-fx[eval]'") from None
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
 
 
 def _bench_table(result: dict[str, Any]) -> Table:
@@ -290,6 +312,7 @@ def explain_command(
     length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 512,
     mlp_ratio: MlpRatio = None,
     attention_ratio: AttentionRatio = None,
+    skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
     json_file: Json = None,
@@ -299,9 +322,9 @@ def explain_command(
     A model saved with its pruning is explained with its own settings, unless others are given.
     """
     console = _console(json_file)
-    settings = _settings(preset, config, mlp_ratio, attention_ratio)
+    settings = _settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     described = load_config(model)
-    if (mlp_ratio, attention_ratio, preset, config) == (None, None, "default", None):
+    if (mlp_ratio, attention_ratio, skip_layers, preset, config) == (None, None, None, "default", None):
         settings = saved_settings(described) or settings
     found = explain(described, settings, batch=batch, length=length)
     _write(found.to_dict(), json_file)
@@ -408,10 +431,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _settings(preset: str, config: str | None, mlp: float | None, attention: float | None) -> ProbePruningConfig:
+def _settings(
+    preset: str, config: str | None, mlp: float | None, attention: float | None, skip: int | None
+) -> ProbePruningConfig:
     if preset not in ("default", "paper"):
         raise InputError(f"preset={preset!r} is unknown; choose default or paper")
-    given: dict[str, Any] = {k: v for k, v in (("mlp_ratio", mlp), ("attention_ratio", attention)) if v is not None}
+    asked = {"mlp_ratio": mlp, "attention_ratio": attention, "skip_layers": skip}
+    given: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
     if config is not None:
         if preset != "default":
             raise InputError(f"config={config!r} and preset={preset!r} exclude each other; give one of them")
@@ -421,6 +447,13 @@ def _settings(preset: str, config: str | None, mlp: float | None, attention: flo
         ratio = given.pop("mlp_ratio", 0.4)
         return ProbePruningConfig.paper(ratio, **given)
     return ProbePruningConfig(**given)
+
+
+def _check_fit(config: ProbePruningConfig, model: str) -> None:
+    """Ratios and skipped layers against the model's number of layers, before its weights are read."""
+    layers = load_config(model).get_text_config(decoder=True).num_hidden_layers
+    for kind in ("mlp", "attention"):
+        config.layer_ratios(f"{kind}_ratio", layers)
 
 
 def _json_file(name: str) -> str:
@@ -510,8 +543,22 @@ def main(arguments: list[str] | None = None) -> None:
     except PpFxError as error:
         if _debug:
             raise
-        Console(stderr=True).print(f"pp-fx: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = _named_as_options(str(error), sys.argv[1:] if arguments is None else arguments)
+        Console(stderr=True).print(f"pp-fx: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _named_as_options(message: str, arguments: list[str]) -> str:
+    """An error of the Python API with its arguments called as the command calls them: overwrite=True, --overwrite."""
+    commands: Any = typer.main.get_command(app)
+    command = next((commands.commands[a] for a in arguments if a in commands.commands), None)
+    for option in (o for p in getattr(command, "params", []) for o in p.opts if o.startswith("--")):
+        name = option[2:].replace("-", "_")
+        message = re.sub(rf"\b{name}=True\b", option, message)
+        message = re.sub(rf"(?<![\w.-]){name}(?==)", option, message)
+        if "_" in name:
+            message = re.sub(rf"(?<![\w.-]){name}\b", option, message)
+    return message
 
 
 if __name__ == "__main__":

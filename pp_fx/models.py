@@ -90,7 +90,8 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         known = {"quantization_config": config.quantization_config} if saved_settings(config) is not None else {}
         if isinstance(known.get("quantization_config"), dict):
             known = {}  # from_pretrained reads config.json itself
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **known)
+        found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **known)
+        model, info = found
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise InputError(

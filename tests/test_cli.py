@@ -79,9 +79,9 @@ def test_compare_writes_json_and_plot(folder, tmp_path):
         (["--text", "python-docs", "--mlp-ratio", "1.5"], "mlp_ratio=1.5"),
         (["--text", "python-docs", "--dtype", "int4"], "dtype='int4'"),
         (["--text", "python-docs", "--preset", "best"], "preset='best'"),
-        (["--text", "python-docs", "--sequences", "1000000"], "sequences=1000000"),
-        (["--text", "python-docs", "--length", "0"], "length=0"),
-        (["--text", "python-docs", "--batch", "0", "--compile"], "batch=0"),
+        (["--text", "python-docs", "--mlp-ratio", "0.1", "--sequences", "1000000"], "sequences=1000000"),
+        (["--text", "python-docs", "--mlp-ratio", "0.1", "--length", "0"], "length=0"),
+        (["--text", "python-docs", "--mlp-ratio", "0.1", "--batch", "0", "--compile"], "batch=0"),
         (["--text", "python-docs", "--json", "/no/such/folder/out.json"], "json='/no/such/folder/out.json'"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_damaged_folder_is_one_line(folder, tmp_path):
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(folder, damaged)
         (damaged / name).write_bytes((damaged / name).read_bytes()[:size])
-        result = run("eval", str(damaged), "--text", "python-docs")
+        result = run("eval", str(damaged), "--text", "python-docs", "--mlp-ratio", "0.1")
         assert isinstance(result.exception, PpFxError)
         assert f"model={str(damaged)!r} cannot be loaded" in str(result.exception)
         assert "\n" not in str(result.exception)
@@ -182,3 +182,45 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(tmp_path, capsys):
     assert run("explain", "--wrong").exit_code == 2
     shown = run("--help").output
     assert all(name in shown for name in ("demo", "eval", "bench", "explain", "compare", "report", "export", "--debug"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "FOLDER", "--text", "nowhere.txt"], "--text='nowhere.txt' cannot be read"),
+        (["eval", "FOLDER", "--text", "python-docs", "--mlp-ratio", "2"], "--mlp-ratio=2.0"),
+        (["eval", "FOLDER", "--text", "python-docs", "--skip-layers", "5"], "--skip-layers=5 leaves nothing"),
+        (["bench", "FOLDER", "--mlp-ratio", "0.9"], "lower --mlp-ratio or --skip-layers"),
+        (["export", "FOLDER", "FULL"], "give another one or --overwrite"),
+    ],
+)
+def test_errors_name_the_options_of_the_command(folder, tmp_path, capsys, arguments, message, monkeypatch):
+    """And those of the configuration come before the weights are read."""
+    monkeypatch.setattr("pp_fx.models.AutoModelForCausalLM", None)
+    (tmp_path / "file").write_text("")
+    names = {"FOLDER": folder, "FULL": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        main([names.get(a, a) for a in arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_skipped_layers_are_an_option(folder):
+    result = run("explain", folder, "--mlp-ratio", "0.3", "--skip-layers", "1", "--json", "-")
+    assert json.loads(result.stdout)["config"]["skip_layers"] == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    from pp_fx.text import read
+
+    (tmp_path / "text.txt").write_text("words", encoding="utf-8-sig")
+    assert read(str(tmp_path / "text.txt")) == "words"
+
+
+def test_an_interrupt_while_importing_is_quiet():
+    code = (
+        "import sys; sys.modules['pp_fx'] = None\nclass Stop:\n def find_spec(self, *given): raise KeyboardInterrupt\n"
+    )
+    code += "sys.meta_path.insert(0, Stop()); del sys.modules['pp_fx']\nimport builtins\n"
+    code = f"import pp_fx_command\n{code}pp_fx_command.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,6 +83,34 @@ def test_weight_only_int8_of_what_is_not_pruned(ids):
         pp_fx.transform(whole, CONFIG)
 
 
+def local_task(folder, text):
+    """A task of lm-eval that needs no network."""
+    (folder / "text.jsonl").write_text(json.dumps({"page": text}) + "\n")
+    (folder / "local_text.yaml").write_text(
+        "task: local_text\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {folder / 'text.jsonl'}\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{page}}'\nmetric_list:\n  - metric: word_perplexity\n"
+    )
+
+
+def test_lm_evals_command_line(tmp_path):
+    """It does not import pp_fx, so it refuses a folder with the pruning in config.json; `pp-fx lm-eval` prunes."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    model = pp_fx.transform(tiny_llama(vocab_size=300, eos_token_id=0), CONFIG)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    local_task(tmp_path, "Probe pruning looks ahead with a tiny probe. " * 3)
+    arguments = [
+        "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--tasks", "local_text",
+        "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "1",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pp_fx.cli", "lm-eval", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"local_text.*word_perplexity", done.stdout), done.stdout
+
+
 def test_lm_eval_gives_the_models_own_loss(tmp_path):
     """HFLM on a local task file: rolling log-likelihood of a text, against the model's own loss on the same tokens."""
     pytest.importorskip("lm_eval", reason="needs lm-eval")
@@ -92,12 +122,7 @@ def test_lm_eval_gives_the_models_own_loss(tmp_path):
     words = tokenizer()
     model = pp_fx.transform(tiny_llama(vocab_size=300, eos_token_id=0), CONFIG)
     text = "Probe pruning looks ahead with a tiny probe and decides which channels this prompt needs. " * 2
-    (tmp_path / "text.jsonl").write_text(json.dumps({"page": text}) + "\n")
-    (tmp_path / "local_text.yaml").write_text(
-        "task: local_text\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-        f"    test: {tmp_path / 'text.jsonl'}\noutput_type: loglikelihood_rolling\ntest_split: test\n"
-        "doc_to_text: ''\ndoc_to_target: '{{page}}'\nmetric_list:\n  - metric: word_perplexity\n"
-    )
+    local_task(tmp_path, text)
     with pp_fx.history_frozen(model):
         judge = HFLM(pretrained=model, tokenizer=words, max_length=200, batch_size=1)
         found = simple_evaluate(

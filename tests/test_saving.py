@@ -295,3 +295,26 @@ def test_the_commands_read_a_saved_folder(saved_folder, tmp_path):
     refused = run("export", str(saved_folder), str(tmp_path / "out"), "--mlp-ratio", "0.2")
     assert isinstance(refused.exception, InputError)
     assert "saved with its own pruning" in str(refused.exception)
+
+
+def test_settings_in_a_file_of_their_own(tmp_path, ids):
+    """config.json is the dense model's then: tools that refuse an unknown quant_method load the folder."""
+    model = pruned()
+    model.save_pretrained(tmp_path, quantization_config=False)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not pp_fx.is_transformed(dense)
+    settings = pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
+    assert settings.config == CONFIG_HERE
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    for a, b in zip(logits(again, ids), logits(model, ids), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)  # the other way, into the same folder: nothing is left of this one
+    with pytest.raises(InputError, match=r"has no pp_fx_config\.json"):
+        pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
+    (tmp_path / "pp_fx_config.json").write_text('{"mlp_ratio": 2}')
+    with pytest.raises(ConfigError, match="mlp_ratio=2"):
+        pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
+    (tmp_path / "pp_fx_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
