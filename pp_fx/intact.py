@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import StateError, UnsupportedModelError
 from .reads import Reads, same, values
+from .runtime import COLLECTOR
 
 _keys = itertools.count(1)
 _known: weakref.WeakValueDictionary[int, Inside] = weakref.WeakValueDictionary()
@@ -155,6 +156,6 @@ def _changed(key: int) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to a module; transformers itself does, to collect attention weights (refused)."""
+    """Whether somebody listens to a module; transformers itself does, to collect outputs (`runtime.attention`)."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(getattr(hook, "__module__", "") != COLLECTOR for hook in hooks)

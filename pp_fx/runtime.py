@@ -12,6 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import InputError
 
 _EAGER_ATTENTION: dict[type, Any] = {}
+COLLECTOR = "transformers.utils.output_capturing"
+"""Where the hooks come from with which transformers collects attention weights and hidden states."""
 _SETTINGS: dict[type, tuple[str, ...]] = {}
 """Of an attention module's class: the names of its plain attributes. torch.compile cannot list them (torch 2.11)."""
 
@@ -51,7 +53,17 @@ def attention(module, q, k, v, mask, forwarded, **kwargs):
     Returns:
         [B, T, heads, D].
     """
-    return _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+    result, weights = _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[:2]
+    if weights is not None:
+        _collect(module, result, weights)
+    return result
+
+
+def _collect(module, result, weights):
+    """Give attention weights to whoever collects them (output_attentions): transformers listens to the module."""
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__module__", "") == COLLECTOR:
+            hook(module, (), (result, weights))
 
 
 def kv_update(cache, k, v, layer):

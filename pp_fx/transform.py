@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from . import runtime
 from .block import ProbePrunedLayer, install, output_weight, uninstall
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig, as_config
@@ -114,7 +115,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         if hasattr(model, SAVE):
             model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
         holder.register_forward_pre_hook(check_call, with_kwargs=True)
-        for module in dict.fromkeys((model, holder)):
+        for module in () if _collects_attention(holder, layers) else dict.fromkeys((model, holder)):
             module.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
         _undo(model, [layer for layer in done if isinstance(layer, ProbePrunedLayer)])
@@ -204,12 +205,21 @@ def _save_pretrained(model: nn.Module, save_directory: Any, **kwargs: Any) -> No
     save_pretrained(model, save_directory, **kwargs)
 
 
+def _collects_attention(holder: nn.Module, layers: Iterable[Any]) -> bool:
+    """Whether output_attentions can be served: all heads run, through the attention core or their own module."""
+    cores = {runtime.attention, runtime.pruned_attention, runtime.call_module}
+    whole = all(not s.prunes for layer in layers for kind, s in layer.states().items() if kind == "attention")
+    seen = all(any(node.target in cores for node in layer.graph.nodes) for layer in layers)
+    return whole and seen and "attentions" in (getattr(holder, "_can_record_outputs", None) or {})
+
+
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The rewritten layers do not call the attention modules, whose outputs transformers would collect."""
     asked = kwargs.get("output_attentions")
     if asked or (asked is None and getattr(getattr(model, "config", None), "output_attentions", False)):
         raise StateError(
-            "output_attentions=True cannot be served by a transformed model; leave it out or call pp_fx.restore(model)"
+            "output_attentions=True cannot be served: attention heads are pruned, or this model's attention is not one "
+            "call; leave it out, set attention_ratio=0, or call pp_fx.restore(model)"
         )
 
 

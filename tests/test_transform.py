@@ -13,6 +13,7 @@ from pp_fx.state import states_of
 
 from .conftest import tiny_llama
 from .families import build
+from .zeroed import transformed
 
 PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
 DENSE = pp_fx.ProbePruningConfig(mlp_ratio=0.0, attention_ratio=0.0)
@@ -272,3 +273,28 @@ def test_padding_on_either_side_changes_nothing(llama, ids, attention, history, 
                 found.append(logits(llama, given, attention_mask=mask, position_ids=positions)[mask.bool()])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Gemma2", "Mixtral", "GPT-OSS"])
+def test_attention_weights_where_all_heads_run(family, ids):
+    original = build(family)
+    original.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = original(ids, output_attentions=True).attentions
+        model = transformed(original, DENSE)
+        found = model(ids, output_attentions=True).attentions
+        assert len(expected) == 3
+        assert all(map(torch.equal, found, expected))
+        assert not model(ids).attentions
+    pp_fx.restore(model)
+    model = transformed(model, pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1))
+    with torch.no_grad():
+        told = model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+    assert [len(step) for step in told.attentions] == [3] * 3
+
+
+@pytest.mark.parametrize("family", ["GPT-J", "Falcon", "Bloom"])
+def test_attention_weights_of_attention_that_is_written_out_are_refused(family, ids):
+    model = transformed(build(family), DENSE)
+    with pytest.raises(errors.StateError, match="output_attentions=True cannot be served"):
+        model(ids, output_attentions=True)
