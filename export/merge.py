@@ -202,14 +202,15 @@ def _keep_logits(graph: ir.Graph, outside: Outside) -> None:
 
 def _store_transposed(graph: ir.Graph, outside: Outside) -> None:
     """A layer's weight that a node transposes becomes an input that lies transposed in the file."""
-    made: dict[str, ir.Value] = {}
+    made: dict[str, ir.Value] = {str(v.name): v for v in graph.inputs}
     for node in list(ir.traversal.RecursiveGraphIterator(graph)):
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not str(source.name).startswith("layer.") or source.producer() is not None:
             continue
         if list(node.attributes["perm"].value) != [1, 0] or outside.moved(str(source.name)):
             continue
-        name = f"{source.name}.T"
+        name = str(source.name)
+        name = name.removesuffix(".T") if name.endswith(".T") else f"{name}.T"  # turned twice: Conv1D (GPT-2)
         if name not in made:
             made[name] = ir.Value(name=name, type=source.type, shape=node.outputs[0].shape)
             graph.inputs.append(made[name])

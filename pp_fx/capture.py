@@ -93,7 +93,7 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, batch: int, length: in
     for result in (lambda hidden: hidden, lambda hidden: (hidden,)):  # layers return a tensor, or a tuple with it
         try:
             calls = _record(model, layers, batch, length, result)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # whatever the model raises at bodies that are skipped
             cause = error
             continue
         if all(_hidden(call).shape[:2] == (batch, length) and _hidden(call).ndim == 3 for call in calls.values()):
@@ -240,7 +240,12 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
     try:
         return _capture(model, layer, calls, {}, "")
     except CaptureError as error:
-        whole = _modules_with_cache(layer, calls[0])
+        try:
+            whole = _modules_with_cache(layer, calls[0])
+        except CaptureError:
+            raise
+        except Exception:  # it does not run on fake tensors at all, for the same reason
+            whole = {}
         if not whole:
             raise
         return _capture(model, layer, calls, whole, f"runs as the module it is ({str(error).splitlines()[0]})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from dataclasses import asdict, dataclass
@@ -9,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from .arguments import check_integers
 from .capture import find_layers, structure_key
 from .config import ProbePruningConfig, as_config
 from .defaults import own_defaults
-from .errors import InputError, UnsupportedModelError
+from .errors import CaptureError, InputError, UnsupportedModelError
 from .exported import LAYER
 from .groups import AttentionGroup, Group
 from .macs import Macs, layer_macs, running_units
@@ -143,8 +145,18 @@ def explain(
             )
         return _of_transformed(model, batch, length)
     config = as_config(config)
-    if isinstance(model, PreTrainedConfig):
-        model = _fake_model(model)
+    if isinstance(model, nn.Module):
+        return _of_model(model, config, batch, length)
+    try:
+        return _of_model(_model_of(model, FakeTensorMode(allow_non_fake_inputs=True)), config, batch, length)
+    except CaptureError as error:
+        if not isinstance(error.__cause__, DataDependentOutputException):
+            raise
+        # its masks depend on numbers: memory that nobody writes costs nothing
+        return _of_model(_model_of(model, contextlib.nullcontext()), config, batch, length)
+
+
+def _of_model(model: nn.Module, config: ProbePruningConfig, batch: int, length: int) -> Explanation:
     _, layers = find_layers(model)
     ratios, chosen = carried_ratios(config, len(layers)), on_device(config, model)
     structures, _ = find_structures(model, layers, config)
@@ -191,12 +203,18 @@ def _report(index: int, groups: dict[str, Group], kept: dict[str, int], reasons:
     return LayerReport(index, found, tuple(reasons), macs)
 
 
-def _fake_model(config: PreTrainedConfig) -> nn.Module:
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    except ValueError as error:
+def _model_of(config: PreTrainedConfig, mode: Any) -> nn.Module:
+    """A model whose weights are not set, of whichever class `from_pretrained` would make."""
+    known = next((auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if _knows(auto, config)), None)
+    if known is None:
         raise UnsupportedModelError(
-            f"config={type(config).__name__} belongs to no causal language model ({str(error).splitlines()[0]}); "
-            "give the configuration of a decoder"
-        ) from error
+            f"config={type(config).__name__} belongs to no causal and no image-text model; give the configuration of a "
+            "decoder"
+        )
+    # initial values would be random numbers, which some initializers then look at
+    with mode, no_init_weights():
+        return known.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _knows(auto: Any, config: PreTrainedConfig) -> bool:
+    return type(config) in auto._model_mapping

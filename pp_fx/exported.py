@@ -54,6 +54,7 @@ class Cleaner:
         self.hidden = next(iter(self.arguments.values()))
         self.cache = self.arguments[cache]
         self.cache.meta["kv_cache"] = True
+        self.keys: fx.Node | None = None
         self._shared: dict[Any, fx.Node] = {}
 
     def clean(self) -> fx.Graph:
@@ -102,6 +103,8 @@ class Cleaner:
             return
         if node.target is aten.sym_size.int and str(node.meta["val"]) in self.symbols:
             self.env[node] = self._shared[str(node.meta["val"])]
+        elif node.target is aten.sym_size.int and str(node.meta["val"]) == self.cached_symbol:
+            return  # `_value` reads it of the keys, which the graph has only later
         elif node.target is markers.KV_UPDATE:
             k, v = (self.env[a] for a in node.args[:2])
             layer = self.graph.get_attr(LAYER)
@@ -111,11 +114,20 @@ class Cleaner:
         elif node.target is markers.MODULE:
             self._module(node)
         else:
-            new = self.graph.node_copy(node, lambda n: self.env[n])
+            new = self.graph.node_copy(node, self._value)
+            if node.target is operator.getitem and node.args[0].target is markers.KV_UPDATE and node.args[1] == 0:
+                self.keys = new
             bake = self._shared["dtype"]
             new.args = tuple(bake if a is CAPTURE_DTYPE else a for a in new.args)
             new.kwargs = {k: bake if a is CAPTURE_DTYPE else a for k, a in new.kwargs.items()}
             self._put(node, new)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """What stands for a node of the program; for the number of keys, their size where it is needed first."""
+        if node not in self.env and str(node.meta.get("val")) == self.cached_symbol and self.keys is not None:
+            self.env[node] = self.graph.call_function(aten.sym_size.int, (self.keys, 2))
+            self.env[node].meta["val"] = node.meta["val"]
+        return self.env[node]
 
     def _attention(self, node: Any) -> None:
         q, k, v, mask, extra, number = node.args

@@ -26,7 +26,7 @@ from .plan import INFO, LayerInfo, ModelInfo, check_call
 from .reads import Reads
 from .state import GroupState
 from .structure import Structure, find_structures
-from .verify import compare_layers, run_layer
+from .verify import compare_layers, run_layers
 
 logger = logging.getLogger(__name__)
 SAVE = "save_pretrained"
@@ -90,7 +90,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         refuse_hooks(i, layer)
     carried, chosen = carried_ratios(config, len(layers)), on_device(config, model)
     structures, calls = find_structures(model, layers, config)
-    dense = [run_layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
+    dense = run_layers(layers, calls)
     _warn_dense(model, structures.values(), carried)
     prepared = []
     for i, layer in enumerate(layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,13 +23,37 @@ def run_layer(layer: nn.Module, call: Any) -> list[Tensor]:
     Returns:
         Its output [B, T, H] and what it wrote to the cache.
     """
-    cache = DynamicCache()
+    # of the model's own kind, as its call left it: empty, for no layer's body has run
+    found = next((leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Cache)), None)
+    cache = DynamicCache() if found is None else copy.deepcopy(found)
     args, kwargs = random_call(layer, call, cache)
     with torch.no_grad():
         output: Any = layer.forward(*args, **kwargs)  # not __call__: the user's hooks must not see it
     entries: list[Any] = cache.layers
     written = [t for entry in entries for t in (entry.keys, entry.values) if isinstance(t, Tensor)]
     return [output if isinstance(output, Tensor) else output[0], *written]
+
+
+def run_layers(layers: nn.ModuleList, calls: list[Any]) -> list[list[Tensor]]:
+    """`run_layer` of every original layer.
+
+    Raises:
+        CaptureError: a layer does not run on its own.
+    """
+    found = []
+    for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        try:
+            found.append(run_layer(layer, call))
+        except Exception as error:  # whatever a layer raises that needs more than its arguments
+            raise CaptureError(
+                f"layer {i} ({type(layer).__name__}) does not run on its own ({_first_line(error)}), so it cannot be "
+                "compared with its graph; this model cannot be transformed"
+            ) from error
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def random_call(layer: nn.Module, call: Any, cache: Cache | None) -> tuple[tuple, dict[str, Any]]:
@@ -57,7 +82,8 @@ def compare_layers(layers: nn.ModuleList, calls: list[Any], expected: list[list[
                 got = run_layer(layer, calls[i])
             except Exception as error:  # whatever a graph that does not fit the layer raises
                 raise CaptureError(
-                    f"the captured graph of layer {i} does not run ({error}); this model cannot be transformed"
+                    f"the captured graph of layer {i} does not run ({_first_line(error)}); this model cannot be "
+                    "transformed"
                 ) from error
             if len(got) != len(expected[i]) or not all(map(_close, got, expected[i])):
                 raise CaptureError(
