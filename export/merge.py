@@ -33,6 +33,7 @@ class Outside:
         optional: initializers that are inputs too.
         weights: the other initializers.
         homes: see `ports.homes`.
+        names: of the parameters; a tied one has the first of its names.
         turned: fingerprint of a transposed weight outside of the layers -> its name; the exporter folds transposes.
     """
 
@@ -42,6 +43,7 @@ class Outside:
         self.optional: dict[str, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
         self.homes = homes(layers.path, ports)
+        self.names = {id(p): name for name, p in model.named_parameters()}
         self.turned = {
             _fingerprint(_array(p.t()).numpy()): f"{name}.T"
             for name, p in model.named_parameters()
@@ -86,10 +88,12 @@ class Outside:
 
     def weight(self, path: str) -> ir.Value:
         """A parameter or buffer of the model, transposed where the path ends in `.T`."""
+        name, turned = path.removesuffix(".T"), path.endswith(".T")
+        module, _, leaf = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(module), leaf)
+        path = self.names.get(id(tensor), name) + ".T" * turned
         if path not in self.weights:
-            module, _, leaf = path.removesuffix(".T").rpartition(".")
-            tensor = getattr(self.model.get_submodule(module), leaf)
-            tensor = tensor.t() if path.endswith(".T") else tensor
+            tensor = tensor.t() if turned else tensor
             self.weights[path] = _initializer(path, _array(tensor))
         return self.weights[path]
 

@@ -7,6 +7,9 @@ import warnings
 from typing import Any
 
 import torch
+from onnxscript import ir
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -164,7 +167,7 @@ def _export(
     standard += [f"layer.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        program: Any = torch.onnx.export(
             wrapper.eval(),
             (),
             kwargs=given,
@@ -174,5 +177,14 @@ def _export(
             dynamo=True,
             opset_version=opset,
             custom_translation_table=TRANSLATIONS,
+            optimize=False,
             verbose=False,
         )
+    # what torch.onnx would do itself, with the model's weights kept as they are: Gemma's norm adds 1 to its own
+    optimize_ir(program.model, should_fold=lambda node: False if _reads_a_weight(node) else None)
+    onnx_fusions.fuse(program.model)
+    return program
+
+
+def _reads_a_weight(node: ir.Node) -> bool:
+    return any(v is not None and v.is_initializer() and str(v.name).startswith("model.") for v in node.inputs)

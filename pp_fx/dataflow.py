@@ -79,8 +79,8 @@ def residual_stream(graph: fx.Graph, walls: set[fx.Node]) -> list[fx.Node]:
         if node not in backward and node not in walls:
             backward.add(node)
             stack += node.all_input_nodes
-    width = shape(hidden)
-    return [n for n in graph.nodes if n in forward and n in backward and shape(n) == width]
+    width = str(shape(hidden))  # by name: sizes that depend on the data (routed experts) cannot be compared
+    return [n for n in graph.nodes if n in forward and n in backward and str(shape(n)) == width]
 
 
 class Execution:

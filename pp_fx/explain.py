@@ -149,8 +149,8 @@ def explain(
         return _of_model(model, config, batch, length)
     try:
         return _of_model(_model_of(model, FakeTensorMode(allow_non_fake_inputs=True)), config, batch, length)
-    except CaptureError as error:
-        if not isinstance(error.__cause__, DataDependentOutputException):
+    except (CaptureError, DataDependentOutputException) as error:
+        if not isinstance(error.__cause__ or error, DataDependentOutputException):
             raise
         # its masks depend on numbers: memory that nobody writes costs nothing
         return _of_model(_model_of(model, contextlib.nullcontext()), config, batch, length)

@@ -65,7 +65,8 @@ class TimeUp(Exception):
 
 def small(config: Any) -> Any:
     """The same kind of configuration with small sizes, sub-configurations included."""
-    fields = {}
+    fields: dict[str, Any] = {}
+    depth = getattr(config, "num_hidden_layers", None)
     for name, value in config.to_dict().items():
         if name in ("transformers_version", "architectures", "model_type"):
             continue
@@ -78,10 +79,15 @@ def small(config: Any) -> Any:
             fields[name] = min(value, VOCABULARY - 1)
         elif name in _TOKENS and isinstance(value, int):
             fields[name] = VOCABULARY - 1
-        elif name.endswith(("layer_types", "layers_block_type")) and isinstance(value, list):
-            fields[name] = value[: _SMALL["num_hidden_layers"]]
+        elif isinstance(value, list) and len(value) == depth:  # of every layer: one of each kind
+            kinds = value if any(isinstance(v, list | dict) for v in value) else [*dict.fromkeys(value), *value]
+            fields[name] = kinds[: _SMALL["num_hidden_layers"]]
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
+            fields[name] = {**value, "mrope_section": [2, 3, 3]}
         else:
             fields[name] = value
+    if fields.get("kv_lora_rank") and "num_key_value_heads" in fields:  # MLA has no groups
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     return type(config)(**fields)
 
 
