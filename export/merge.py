@@ -17,7 +17,7 @@ from .compact_ops import use_compact_ops
 from .layers import Layers
 from .ports import Port, homes
 from .repeat import position_of, rename, repeat
-from .simplify import group_heads, skip_single_splits
+from .simplify import group_heads, skip_single_splits, widen_bfloat16
 
 MIN_SELECT = "pp_min_select_tokens"
 """Input with a default: calls of at least so many tokens select."""
@@ -155,6 +155,7 @@ def merge(prefill: ir.Model, decode: ir.Model, outside: Outside) -> ir.Model:
 
 def _phase(model: ir.Model, outside: Outside) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes and named outputs of a phase with all layers, reading from outside."""
+    widen_bfloat16(model)
     group_heads(model)
     skip_single_splits(model)
     use_compact_ops(model)

@@ -223,7 +223,7 @@ class OrtModel(GenerationMixin):
         unknown = [name for name, value in others.items() if value is not None and value is not False]
         if unknown:
             raise InputError(f"{', '.join(unknown)}: an exported model has no such input; leave it out")
-        check_ids(input_ids, self.config.vocab_size, "input_ids")
+        check_ids(input_ids, self.config.get_text_config().vocab_size, "input_ids")
         check_integers(0, logits_to_keep=logits_to_keep)
         cache = OrtCache() if past_key_values is None else past_key_values
         if not isinstance(cache, OrtCache):

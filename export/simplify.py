@@ -13,6 +13,35 @@ def skip_single_splits(model: ir.Model) -> None:
             model.graph.remove(node, safe=True)
 
 
+def widen_bfloat16(model: ir.Model) -> None:
+    """What the model computes in bf16 runs in fp32 and is rounded (alibi): onnxruntime's CPU knows no bf16."""
+    for node in list(model.graph):
+        if node.op_type == "Cast" or not any(_is_bf16(v) for v in (*node.inputs, *node.outputs)):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and _is_bf16(value):
+                wide = _cast(value, ir.DataType.FLOAT)
+                node.replace_input_with(index, wide.outputs[0])
+                model.graph.insert_before(node, wide)
+        for value in [v for v in node.outputs if _is_bf16(v)]:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            narrow = _cast(value, ir.DataType.BFLOAT16)
+            ir.convenience.replace_all_uses_with(value, narrow.outputs[0])
+            narrow.replace_input_with(0, value)
+            model.graph.insert_after(node, narrow)
+
+
+def _is_bf16(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.BFLOAT16
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)])
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
+    node.outputs[0].name = f"{value.name}_{dtype.name.lower()}"
+    return node
+
+
 def group_heads(model: ir.Model) -> None:
     """Attention reads the key/value heads as they are: the operator itself shares them among groups of query heads.
 

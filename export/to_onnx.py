@@ -23,7 +23,7 @@ from .layers import Layers
 from .merge import Outside, merge
 from .ports import ports_of
 from .stateful import write_stateful
-from .trace import trace_decode, trace_prefill
+from .trace import key_value_shapes, trace_decode, trace_prefill
 
 _OPSETS = (23, 24)
 _DTYPES = (torch.float32, torch.float16)
@@ -87,12 +87,14 @@ def build(model: Any, opset: int) -> ir.Model:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter's hints on packages that play no part here
     try:
+        shapes = key_value_shapes(model)
+        past = [shapes[i] for i in layers.first]
         with layers.cut_down(model):
             traced = ports_of(model)
-            prefill = trace_prefill(model, traced, opset).model
-            decode = trace_decode(model, traced, owner, opset).model
+            prefill = trace_prefill(model, traced, opset, past).model
+            decode = trace_decode(model, traced, owner, opset, past).model
     except Exception as error:  # the exporter's exceptions share no base class
-        raise ExportError(f"torch.onnx cannot trace this model ({type(error).__name__}: {error})") from error
+        raise ExportError(f"torch.onnx cannot trace this model ({_first_cause(error)})") from error
     finally:
         logging.disable(previous)
     merged = merge(prefill, decode, Outside(model, layers, ports, config.min_select_tokens))
@@ -100,8 +102,23 @@ def build(model: Any, opset: int) -> ir.Model:
     return merged
 
 
+def _first_cause(error: BaseException) -> str:
+    """One line of what lies under the exporter's own reports, which hold the whole graph."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
 def _check(model: Any, opset: int) -> Any:
     layers_of(model)
+    if model.get_output_embeddings() is None or not hasattr(model, "generation_config"):
+        raise ExportError(f"model={type(model).__name__} has no LM head; export a causal language model")
+    rope = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ExportError(
+            f"rope_type={rope!r} makes another rotary table for longer texts while it runs, which a graph cannot; load "
+            "the model with rope_type='linear' or 'yarn', or without scaling"
+        )
     if opset not in _OPSETS or isinstance(opset, bool):
         raise InputError(f"opset={opset!r} is not supported; choose 23 or 24 (fused attention came with 23)")
     if model.training:

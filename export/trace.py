@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..cache import put_selections, selections_on
-from ..macs import head_size
+from ..history import history_frozen
 from ..transform import layers_of
 from .functions import TRANSLATIONS
 from .layers import detached, tensors_of, with_tensors
@@ -103,18 +103,31 @@ def tensor_names(prefix: str, groups: dict[str, dict[str, Tensor]]) -> list[str]
     return [f"{prefix}.{group}.{key}" for group, tensors in groups.items() for key in tensors]
 
 
-def trace_prefill(model: Any, ports: list[Port], opset: int) -> Any:
-    """torch.onnx program of the prefill phase."""
+def key_value_shapes(model: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """Shapes of every layer's keys and values [1, heads, 2, D] as the model itself makes them."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    cache = DynamicCache()
+    with torch.no_grad(), history_frozen(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _run(model, ids, torch.ones_like(ids), torch.arange(2, device=ids.device)[None], cache)
+    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+
+
+def trace_prefill(model: Any, ports: list[Port], opset: int, past: list[tuple[torch.Size, torch.Size]]) -> Any:
+    """torch.onnx program of the prefill phase. `past`: shapes of keys and values (`key_value_shapes`)."""
     history = {p.name: p.history() for p in ports if p.learns}
     compact = {p.name: p.dense() for p in ports}
     outputs = [*tensor_names("present_history", history), *tensor_names("present_compact", compact)]
     # longer than `min_select_tokens`, so that the trace follows the long branch of whatever looks at the length
     length = 8 + max((p.state.config.min_select_tokens for p in ports), default=32)
     inputs = {"history": history}, {"history": {name: dict.fromkeys(group) for name, group in history.items()}}
-    return _export(Prefill(model, ports), model, length, inputs, tensor_names("pp_history", history), outputs, opset)
+    names = tensor_names("pp_history", history), outputs
+    return _export(Prefill(model, ports), model, length, inputs, names, opset, past)
 
 
-def trace_decode(model: Any, ports: list[Port], owner: int, opset: int) -> Any:
+def trace_decode(
+    model: Any, ports: list[Port], owner: int, opset: int, past: list[tuple[torch.Size, torch.Size]]
+) -> Any:
     """torch.onnx program of the decode phase: a call of any length that reuses a selection."""
     compact = {p.name: p.dense() for p in ports}
     kept = {p.name: f"kept_{p.index}_{p.kind}" for p in ports}
@@ -126,7 +139,8 @@ def trace_decode(model: Any, ports: list[Port], owner: int, opset: int) -> Any:
             if key.endswith("_bias") and key != "output_bias" and port.state.width > 1:
                 shapes[port.name][key] = {0: torch.export.Dim.DYNAMIC}
     inputs = {"compact": compact}, {"compact": shapes}
-    return _export(Decode(model, ports, owner), model, 3, inputs, tensor_names("pp_compact", compact), [], opset)
+    names: tuple[list[str], list[str]] = tensor_names("pp_compact", compact), []
+    return _export(Decode(model, ports, owner), model, 3, inputs, names, opset, past)
 
 
 def _export(
@@ -134,23 +148,22 @@ def _export(
     model: Any,
     length: int,
     extra: tuple[dict[str, Any], dict[str, Any]],
-    extra_names: list[str],
-    outputs: list[str],
+    names: tuple[list[str], list[str]],
     opset: int,
+    shapes_of_past: list[tuple[torch.Size, torch.Size]],
 ) -> Any:
-    config = model.config.get_text_config()
+    """`names`: of the inputs and outputs beside the standard ones."""
     weights = [detached(tensors_of(layer)) for layer in layers_of(model)]
     layers = len(weights)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     batch, past = 2, 7
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
-    pair = torch.zeros(batch, heads, past, head_size(config), dtype=dtype, device=device)
+    pairs = [[(batch, s[1], past, s[3]) for s in both] for both in shapes_of_past]
     given = {
         "input_ids": torch.ones(batch, length, dtype=torch.int64, device=device),
         "attention_mask": torch.ones(batch, past + length, dtype=torch.int64, device=device),
         "position_ids": torch.arange(past, past + length, device=device).repeat(batch, 1),
-        "past": [(pair.clone(), pair.clone()) for _ in range(layers)],
+        "past": [tuple(torch.zeros(s, dtype=dtype, device=device) for s in both) for both in pairs],
         "weights": weights,
         **extra[0],
     }
@@ -172,8 +185,8 @@ def _export(
             (),
             kwargs=given,
             dynamic_shapes=shapes,
-            input_names=[*standard, *extra_names],
-            output_names=["logits", *key_value_names("present", layers), *outputs],
+            input_names=[*standard, *names[0]],
+            output_names=["logits", *key_value_names("present", layers), *names[1]],
             dynamo=True,
             opset_version=opset,
             custom_translation_table=TRANSLATIONS,

@@ -251,6 +251,11 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         return _capture(model, layer, calls, whole, f"runs as the module it is ({str(error).splitlines()[0]})")
 
 
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def _modules_with_cache(layer: nn.Module, call: Call) -> dict[str, Any]:
     """The innermost submodules that are given the KV cache: path -> a function from [B, T, H] to what they return."""
     found: dict[str, Any] = {}
@@ -360,6 +365,8 @@ def _capture(
         ):
             warnings.simplefilter("ignore")
             program = torch.export.export(caller, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False)
+            if any(_writes(node) for node in program.graph.nodes):  # into views: as functions, else they would be lost
+                program = program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
