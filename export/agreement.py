@@ -173,7 +173,13 @@ def _rebuild(directory: Path) -> Any:
     for name, parameter in model.named_parameters():
         found, turned = tensor(name), tensor(f"{name}.T")
         found = turned.t() if found is None and turned is not None else found
-        if found is None or found.shape != parameter.shape:
+        if found is not None and found.shape != parameter.shape:
+            raise ExportError(
+                f"{directory / MODEL} holds {name} as {tuple(found.shape)}, config.json says "
+                f"{tuple(parameter.shape)}: a model with layers of unlike sizes cannot be rebuilt from a folder; its "
+                "export was compared with the model in memory (verify=True)"
+            )
+        if found is None:
             raise ExportError(f"{directory / MODEL} does not hold the weight {name}; export the model again")
         weights[name] = found
     model.load_state_dict(weights, strict=False)  # tied weights have one name here

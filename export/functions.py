@@ -127,7 +127,23 @@ def _boundary(x: Any, position: int, enters: bool) -> Any:
     return _BOUNDARY(x, position=position, enters=int(enters))
 
 
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """As torch.onnx's own; fewer key/value heads need no `enable_gqa` (Falcon broadcasts its one)."""
+    return opset23.Attention(query, key, value, attn_mask, scale=scale, is_causal=int(is_causal))[0]
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.pp_fx.solve.default: _solve,
     torch.ops.pp_fx.boundary.default: _boundary,
 }

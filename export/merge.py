@@ -33,6 +33,7 @@ class Outside:
         optional: initializers that are inputs too.
         weights: the other initializers.
         homes: see `ports.homes`.
+        tensors: names of all parameters and buffers.
         names: of the parameters; a tied one has the first of its names.
         turned: fingerprint of a transposed weight outside of the layers -> its name; the exporter folds transposes.
     """
@@ -43,6 +44,8 @@ class Outside:
         self.optional: dict[str, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
         self.homes = homes(layers.path, ports)
+        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self.tensors = {name for name, _ in named}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.turned = {
             _fingerprint(_array(p.t()).numpy()): f"{name}.T"
@@ -100,8 +103,8 @@ class Outside:
     def constant(self, value: ir.Value) -> ir.Value:
         """An initializer of a phase; those of equal content are stored once."""
         name = str(value.name)
-        if name.startswith("model."):
-            return self.weight(name.removeprefix("model."))
+        if name.removeprefix("model.") in self.tensors and name.startswith("model."):
+            return self.weight(name.removeprefix("model."))  # others are constants, which the exporter names so, too
         array = value.const_value.numpy()  # type: ignore[union-attr]
         content = _fingerprint(array)
         if content in self.turned:

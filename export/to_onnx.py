@@ -103,10 +103,10 @@ def build(model: Any, opset: int) -> ir.Model:
 
 
 def _first_cause(error: BaseException) -> str:
-    """One line of what lies under the exporter's own reports, which hold the whole graph."""
+    """The first lines of what lies under the exporter's own reports, which hold the whole graph."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:2])}"
 
 
 def _check(model: Any, opset: int) -> Any:

@@ -51,6 +51,13 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if all(isinstance(m, GradientCheckpointingLayer) for m in module) and _is_decoder(module[0]):
                 _refuse_shared(module)
                 return path, module
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0)
+    others = [m for m in lists if all(isinstance(x, GradientCheckpointingLayer) for x in m) and _is_decoder(m[0])]
+    if len(others) == 1:
+        raise UnsupportedModelError(
+            f"model={name} has {len(others[0])} decoder layers, its configuration says num_hidden_layers={layers}; set "
+            "model.config.num_hidden_layers to what it has"
+        )
     raise UnsupportedModelError(
         f"model={name} has no list of {layers} decoder layers; only causal language models are supported"
     )
@@ -251,9 +258,10 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         return _capture(model, layer, calls, whole, f"runs as the module it is ({str(error).splitlines()[0]})")
 
 
-def _writes(node: fx.Node) -> bool:
+def _only_writes(node: fx.Node) -> bool:
+    """Whether a node changes a tensor (through a view of it) and nothing reads what it returns."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return schema is not None and schema.is_mutable and not node.users
 
 
 def _modules_with_cache(layer: nn.Module, call: Call) -> dict[str, Any]:
@@ -365,8 +373,8 @@ def _capture(
         ):
             warnings.simplefilter("ignore")
             program = torch.export.export(caller, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False)
-            if any(_writes(node) for node in program.graph.nodes):  # into views: as functions, else they would be lost
-                program = program.run_decompositions({})
+            if any(_only_writes(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})  # writes as functions of what they change
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many types; ours says which layer and keeps the cause
