@@ -32,8 +32,29 @@ def check_list(name: str, value: Any, example: str) -> None:
 
 
 def check_token_ids(model: nn.Module, ids: Any, what: str) -> None:
-    """`check_ids` with the vocabulary of a model's input embeddings."""
+    """`check_ids` with the vocabulary of a model's input embeddings, and its learned positions.
+
+    Raises:
+        InputError: the ids cannot be used, or are more than the model has learned positions for.
+    """
     check_ids(ids, model.get_input_embeddings().weight.shape[0], what)  # type: ignore[operator]
+    limit = learned_positions(model)
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(
+            f"{what} has length={ids.shape[1]}, the model has learned {limit} positions; give sequences of at most so "
+            "many tokens"
+        )
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has an embedding for (GPT-2, OPT); None where positions are computed."""
+    config, tokens = model.config.get_text_config(), model.get_input_embeddings()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    # OPT's table has two rows in front
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return limit if any(m.num_embeddings in (limit, limit + 2) for m in tables) else None
 
 
 def check_ids(ids: Any, vocabulary: int, what: str) -> None:

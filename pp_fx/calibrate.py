@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from .progress import track
 from .sketch import Sketch
 from .state import GroupState, states_of
 from .transform import layers_of
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @own_defaults()
@@ -35,9 +37,10 @@ def calibrate(
     Args:
         model: a transformed model.
         batches: one of: int64 [N, T] token ids (cut into batches of `batch_size`); an iterable (a DataLoader, a
-            list) of such tensors or of dicts of model inputs with `input_ids` and optionally `attention_mask`; a
-            text, or a list of texts, with `tokenizer`.
-        tokenizer: for texts; each text is cut into sequences of `length` tokens.
+            list) of such tensors or of dicts of model inputs with `input_ids` and optionally `attention_mask`, as
+            tensors or lists; with `tokenizer` a text, a list of texts or lines, or a column of a `datasets.Dataset`
+            (`dataset["text"]`).
+        tokenizer: for texts, which are joined by blank lines and cut into sequences of `length` tokens.
         length: tokens per sequence of a text.
         batch_size: sequences per batch of a tensor or of texts.
         progress: show a progress bar on stderr.
@@ -97,12 +100,15 @@ def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:
     check_integers(1, batch_size=batch_size)
     if isinstance(batches, str):
         batches = [batches]
-    if isinstance(batches, list | tuple) and batches and all(isinstance(b, str) for b in batches):
+    if not isinstance(batches, Tensor | Mapping | str) and isinstance(batches, Sequence):  # a datasets column is one
+        batches = list(batches)
+    if isinstance(batches, list) and batches and all(isinstance(b, str) for b in batches):
         if tokenizer is None:
             raise InputError("batches holds texts but tokenizer is None; give the model's tokenizer")
         from .text import sequences
 
-        batches = torch.cat([sequences(text, tokenizer, None, length) for text in batches])
+        # joined, as other tools do: lines are shorter than a sequence
+        batches = sequences("\n\n".join(batches), tokenizer, None, length)
     if isinstance(batches, Tensor):
         if batches.ndim != 2:
             raise InputError(f"batches has shape {tuple(batches.shape)}; give token ids of shape [N, T]")
@@ -118,15 +124,27 @@ def _inputs(model: nn.Module, batch: Any, index: int) -> dict[str, Tensor]:
     where = f"batches[{index}]"
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
+    if isinstance(batch, Mapping):
+        batch = {k: _as_tensor(v) if k in _INPUTS else v for k, v in batch.items()}
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise InputError(f"{where} is {type(batch).__name__}; give token ids [B, T] or a dict with input_ids")
-    known = ("input_ids", "attention_mask", "position_ids")
-    inputs = {k: batch[k] for k in known if batch.get(k) is not None}
+    inputs = {k: batch[k] for k in _INPUTS if batch.get(k) is not None}
     check_token_ids(model, inputs["input_ids"], f"{where} input_ids")
     for key, value in inputs.items():
         if value.shape != inputs["input_ids"].shape:
             raise InputError(f"{where} {key} has shape {tuple(value.shape)}, not that of input_ids; pad them alike")
     return inputs
+
+
+def _as_tensor(value: Any) -> Any:
+    """Lists of integers, of one sequence or of several of equal length, as int64 [B, T]; anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        tensor = torch.tensor(value)
+    except (TypeError, ValueError):
+        return value
+    return tensor[None] if tensor.ndim == 1 else tensor
 
 
 def _check_finite(states: list[GroupState], index: int) -> None:

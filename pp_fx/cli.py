@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from . import __version__
-from .arguments import check_integers
+from .arguments import check_integers, learned_positions
 from .bench import bench
 from .calibrate import calibrate
 from .compare import compare, plot, require_matplotlib, table
@@ -126,7 +126,7 @@ def eval_command(
     with processes() as rank:
         loaded, tokenizer = _load_dense(model, dtype)
         ids = sequences(texts["text"], tokenizer, sequence_count, length)
-        sample = None if calibration is None else _calibration(texts["calibration"], tokenizer)
+        sample = None if calibration is None else _calibration(texts["calibration"], tokenizer, loaded)
         progress = json_file != "-" and rank == 0
         result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=progress)
     if rank == 0:
@@ -204,7 +204,7 @@ def report_command(
         ids, sample = both[:sequence_count], both[sequence_count:]
     else:
         ids = sequences(texts[0], tokenizer, sequence_count, length)
-        sample = _calibration(texts[1], tokenizer)
+        sample = _calibration(texts[1], tokenizer, loaded)
     found = report(
         loaded, ids, sample, directory, methods=_names(methods), ratios=_numbers(ratios), batch=batch, title=model
     )
@@ -260,7 +260,7 @@ def export_command(
     else:
         transform(loaded, settings)
     if sample is not None:
-        calibrate(loaded, _calibration(sample, tokenizer), progress=json_file != "-")
+        calibrate(loaded, _calibration(sample, tokenizer, loaded), progress=json_file != "-")
     if dtype == "float16":
         loaded.half()
     onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite)
@@ -360,7 +360,7 @@ def compare_command(
         _check_folder("plot", plot_file)
         require_matplotlib()
     loaded, tokenizer = _load_dense(model, dtype)
-    ids, sample = sequences(texts[0], tokenizer, sequence_count, length), _calibration(texts[1], tokenizer)
+    ids, sample = sequences(texts[0], tokenizer, sequence_count, length), _calibration(texts[1], tokenizer, loaded)
     result = compare(
         loaded, ids, sample, methods=names, ratios=shares, attention_ratio=attention_ratio, batch=batch,
         time_batch=time_batch, changes={} if round_to is None else {"round_to": round_to}, progress=json_file != "-",
@@ -465,9 +465,9 @@ def _json_file(name: str) -> str:
         ) from None
 
 
-def _calibration(text: str, tokenizer: Any) -> torch.Tensor:
-    """The first 64 x 512 tokens of a text, or as many sequences as it holds: [N, 512]."""
-    return sequences(text, tokenizer, None, 512)[:64]
+def _calibration(text: str, tokenizer: Any, model: Any) -> torch.Tensor:
+    """The first 64 x 512 tokens of a text, or as many sequences as it holds: [N, 512], or the positions it has."""
+    return sequences(text, tokenizer, None, min(512, learned_positions(model) or 512))[:64]
 
 
 def _load_dense(model: str, dtype: str) -> tuple[Any, Any]:

@@ -17,6 +17,10 @@ class StateError(PpFxError, RuntimeError):
     """The model is in the wrong state for the call (transformed twice, not transformed, training with dropout)."""
 
 
+class UnknownAttributeError(StateError, AttributeError):
+    """An attention function asks for more than pruned heads have (an AttributeError, so that getattr has a default)."""
+
+
 class CaptureError(UnsupportedModelError):
     """A decoder layer does something that the captured graph cannot represent."""
 

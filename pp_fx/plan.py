@@ -167,10 +167,15 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
     Raises:
         StateError: the layers were changed since `transform`, dropout was asked for, gradient checkpointing would
-            select a second time, generate_batch's paged cache, or the cache holds tokens and the selections of another
-            transform, or is reserved for another one or another batch size.
+            select a second time, torch.jit.trace, generate_batch's paged cache, or the cache holds tokens and the
+            selections of another transform, or is reserved for another one or another batch size.
     """
     info: ModelInfo = module.__dict__[INFO]
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise StateError(
+            "torch.jit.trace would record one prompt's selection for all others; use torch.compile, torch.export by "
+            "pp_fx.export.onnx, or trace pp_fx.restore(model)"
+        )
     check_inside(info.inside)
     if module.training:
         check_dropout(info.inside)

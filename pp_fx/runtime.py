@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import InputError
+from .errors import InputError, UnknownAttributeError
 
 _EAGER_ATTENTION: dict[type, Any] = {}
 COLLECTOR = "transformers.utils.output_capturing"
@@ -97,6 +97,12 @@ class AttentionView:
             setattr(self, name, parameter)
         self.config = module.config
         self.num_key_value_groups = 1
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownAttributeError(
+            f"the attention function reads {name} of its module, which does not stand for the kept heads alone; prune "
+            "no heads (attention_ratio=0), or choose another attention implementation"
+        )
 
 
 def _per_head(module: nn.Module, heads: int) -> dict[str, Tensor]:

@@ -2,8 +2,13 @@ import pytest
 import torch
 
 import pp_fx
+from pp_fx.arguments import learned_positions
 from pp_fx.errors import InputError, StateError
+from pp_fx.evaluate import evaluate
 from pp_fx.state import states_of
+
+from .families import build
+from .zeroed import transformed
 
 CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
 
@@ -42,9 +47,10 @@ def test_statistics_are_those_of_the_dense_model(llama, ids, history):
     if history == "channel":
         torch.testing.assert_close(state.energy, rows.pow(2).mean(0), atol=1e-5, rtol=1e-4)
     else:
-        at_30 = seen[0][:, 30].pow(2).mean(0)
+        # positions count from the first real token: that of the first sample is in column 7
+        at_30 = torch.cat([seen[0][:1, 37], seen[0][1:, 30]]).pow(2).mean(0)
         torch.testing.assert_close(state.energy[30], at_30, atol=1e-5, rtol=1e-4)
-        at_3 = torch.cat([seen[0][1:, 3], seen[1][:, 3]]).pow(2).mean(0)
+        at_3 = torch.cat([seen[0][:1, 10], seen[0][1:, 3], seen[1][:, 3]]).pow(2).mean(0)
         torch.testing.assert_close(state.energy[3], at_3, atol=1e-5, rtol=1e-4)
 
 
@@ -55,6 +61,8 @@ def test_every_kind_of_batches_gives_the_same_history(llama, ids):
         [ids[:2], ids[2:]],
         [{"input_ids": ids}],
         {"input_ids": ids},
+        [{"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": "unused"}],
+        [{"input_ids": row.tolist()} for row in ids],
         torch.utils.data.DataLoader(ids, batch_size=2),
     ]
     results = []
@@ -128,3 +136,32 @@ def test_activations_that_are_not_finite_never_enter_the_history(llama, ids, poi
 def test_calibrate_needs_a_transformed_model(llama, ids):
     with pytest.raises(StateError, match=r"pp_fx\.transform"):
         pp_fx.calibrate(llama, ids)
+
+
+def test_lines_are_joined_as_other_tools_do(llama):
+    """A list of lines, none as long as a sequence, and a column of a dataset."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    lines = [f"line {i} of a text that is cut into sequences" for i in range(9)]
+    pp_fx.transform(llama, CONFIG)
+
+    class Tokenizer:
+        def __call__(self, text, **given):
+            return type("Encoded", (), {"input_ids": torch.tensor([[2 + ord(c) % 90 for c in text]])})
+
+    results = []
+    for kind in (lines, datasets.Dataset.from_dict({"text": lines})["text"], "\n\n".join(lines)):
+        pp_fx.calibrate(llama, kind, tokenizer=Tokenizer(), length=64, progress=False)
+        results.append([s.mean.clone() for s in states_of(llama) if s.mean is not None])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_more_tokens_than_learned_positions():
+    model = transformed(build("GPT-2"), CONFIG)
+    ids = torch.zeros(1, 257, dtype=torch.long)
+    with pytest.raises(InputError, match="length=257, the model has learned 256 positions"):
+        pp_fx.calibrate(model, ids, progress=False)
+    with pytest.raises(InputError, match="length=257, the model has learned 256 positions"):
+        evaluate(model, ids, 1)
+    pp_fx.calibrate(model, ids[:, :256], progress=False)
+    assert learned_positions(model) == learned_positions(build("OPT")) == 256
+    assert learned_positions(build("Llama")) is None

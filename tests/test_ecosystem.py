@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AttentionInterface, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import pp_fx
-from pp_fx.errors import UnsupportedModelError
+from pp_fx.errors import StateError, UnsupportedModelError
 
 from .conftest import tiny_llama
 from .test_examples import tokenizer
@@ -136,3 +137,35 @@ def test_lm_eval_gives_the_models_own_loss(tmp_path):
     measured = math.log(found["results"]["local_text"]["word_perplexity,none"])
     measured *= len(re.split(r"\s+", text)) / (ids.shape[1] - 1)  # lm-eval divides by its count of words
     assert abs(measured - expected) < 1e-3
+
+
+def test_offloading_after_transform_is_refused_by_name(model, ids):
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(StateError, match="accelerate offload"):
+        accelerate.cpu_offload(model, "cpu")(ids)
+
+
+def test_torch_jit_trace_is_refused_by_name(model, ids):
+    with torch.no_grad(), pytest.raises(StateError, match=r"torch\.jit\.trace would record one prompt's selection"):
+        torch.jit.trace(lambda given: model(given, use_cache=False).logits, ids)
+
+
+def test_an_attention_function_that_reads_projections(ids):
+    """A registered function sees the kept heads alone; what it asks of the module beyond them is named."""
+
+    def reading(module, *given, **kwargs):
+        assert getattr(module, "no_such_thing", None) is None
+        assert module.q_proj is not None
+        return sdpa_attention_forward(module, *given, **kwargs)
+
+    AttentionInterface.register("reads_projections", reading)
+    model = tiny_llama()
+    model.set_attn_implementation("reads_projections")
+    with torch.no_grad():
+        dense = model(ids).logits
+        pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
+        assert torch.equal(model(ids).logits, dense)
+        pp_fx.restore(model)
+        pp_fx.transform(model, CONFIG)
+        with pytest.raises(StateError, match="the attention function reads q_proj of its module"):
+            model(ids)
