@@ -9,6 +9,7 @@ The checks are those of tests/family_checks.py on tiny random models of each fam
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import pp_fx  # noqa: E402
 from pp_fx.capture import find_layers, structure_key  # noqa: E402
 from pp_fx.structure import find_structures  # noqa: E402
 from tests.families import FAMILIES, build  # noqa: E402
@@ -40,9 +42,25 @@ one that is. `pp-fx explain` tells it of any model from its configuration alone.
 - *DynamicCache*: prefill and decoding equal the original model with its dropped channels zeroed (1e-4 of the logits).
 - *StaticCache, compiled*: the same under `torch.compile(fullgraph=True)`; "not in transformers" where the untransformed
   model cannot do it either, or gives wrong results.
+- *ONNX*: the exported model gives torch's logits and kept units under onnxruntime, prefill and decoding, with and
+  without padding, with a row of zeros in the embedding.
 - *kept*: of a layer at 40% MLP and attention; *capture s*: seconds for one distinct structure.
 
 """
+
+
+def exported(name: str) -> str:
+    """Whether onnxruntime gives what torch gives: prefill and decoding, padded and not, a zero row among the inputs."""
+    model = transformed(build(name), PRUNED)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        model.get_input_embeddings().weight[0] = 0
+        pp_fx.calibrate(model, torch.randint(2, 97, (4, 40)), progress=False)
+        try:
+            pp_fx.export.onnx(model, Path(folder, "out"))
+            pp_fx.export.check(Path(folder, "out")).require()
+        except pp_fx.errors.PpFxError as error:
+            return f"no: {' '.join(str(error).replace('|', '/').split())[:160]}"
+    return "yes"
 
 
 def row(name: str) -> dict[str, Any]:
@@ -67,6 +85,7 @@ def row(name: str) -> dict[str, Any]:
     for title, kind in (("kept heads", "attention"), ("kept channels", "mlp")):
         state = layer.states().get(kind)
         cells[title] = "all" if state is None else f"{state.kept_units} of {state.units}"
+    cells["ONNX"] = exported(name)
     return {**cells, "capture s": f"{seconds:.1f}", "not pruned": "; ".join(layer.reasons).replace("|", "/")}
 
 
