@@ -52,6 +52,12 @@ _FOUND = """## What these runs and hostile reviews found, mended since
 - torch 2.11, whose `is_exporting()` is true in everything that it compiles, compiled no transformed model.
 - `from_pretrained` of a revision, or with `cache_dir` or `subfolder`, did not find the history.
 
+- One padded column on the left cost a probe one of its two rows: positions count from each sample's first real token.
+- What a layer's code reads could be changed behind its graph's back; torch's default dtype, device and autocast reached
+  what was computed once and kept.
+- ONNX files declared sizes that decoding contradicts; GPT-2's, Falcon's and Gemma's could not be exported or checked.
+- A classifier's folder gave perplexities of a random LM head; a byte order mark was text.
+
 Each has a test.
 """
 
@@ -149,9 +155,59 @@ with those of `constraints.txt`. Older ones than pp_fx needs are refused at impo
 {rows(["job", "Python", "torch", "transformers", "onnxruntime", "result", ""], lines)}"""
 
 
+def model_classes(found: dict[str, Any]) -> str:
+    classes = found["classes"].values()
+    kinds = ("right", "refused", "STRAY", "original fails", "not built")
+    counts = [sum(row["result"] == kind for row in classes) for kind in kinds]
+    header = [
+        "classes",
+        "right",
+        "refused by name",
+        "stray",
+        "original does not run on ids alone",
+        "not built so small",
+    ]
+    reasons = [row["reason"] for row in classes if row["result"] == "refused"]
+    common = [
+        ("encoder-decoder", "an encoder-decoder"),
+        ("of the KV cache itself", "the layer works on the KV cache itself (convolutions, linear attention)"),
+        ("has no list of", "no list of decoder layers"),
+    ]
+    lines = [[text, sum(part in reason for reason in reasons)] for part, text in common]
+    lines.append(["another", sum(not any(part in reason for part, _ in common) for reason in reasons)])
+    return f"""## Every model class of transformers
+
+`python reliability/model_classes.py`: every causal and image-text class of transformers
+{found["versions"]["transformers"]}, from its own configuration with small sizes. Right: `explain` and `transform` agree,
+logits at ratio 0 are those of the untransformed model bit for bit, and again after `restore`. Refused: both end in a
+pp_fx error, and the model is as it was. Stray: anything else.
+
+{rows(header, [[len(classes), *counts]])}
+{rows(["refused because", "classes"], lines)}"""
+
+
+def upstream(found: dict[str, Any]) -> str:
+    lines = []
+    for mode, label in (("zero", "ratio 0"), ("pruned", "MLP 40%, heads 50%")):
+        row = found[mode]
+        lines.append([label, row["run"], row["passed"], len(row["refused"]), len(row["differ"])])
+    names = sorted({name.split("::")[-1].split("[")[0] for name in found["pruned"]["differ"]})
+    zero = sorted({name.split("::")[-1].split("[")[0] for name in found["zero"]["differ"]})
+    told = f"Differing at ratio 0: {', '.join(zero) or 'none'}. Pruned: {', '.join(names) or 'none'}."
+    return f"""## transformers' own tests
+
+`python reliability/upstream.py`: `tests/models/*/test_modeling_*.py` of transformers {found["transformers"]}
+({", ".join(found["models"])}; {found["stock"]} tests, generation included), in which every causal model is transformed
+as it is built. Counted are those that transform a model and pass on the original.
+
+{rows(["", "tests", "passed", "refused by name", "differ"], lines)}
+{told} A pruned model makes one selection for a batch, so tests that compare a batch with its samples one by one cannot
+hold."""
+
+
 def main() -> None:
     sections = [_HEAD, _PROMISES]
-    for section in (campaign, soak, artifacts, sanitize, mutations, versions):
+    for section in (campaign, model_classes, upstream, soak, artifacts, sanitize, mutations, versions):
         found = read(section.__name__)
         if found is not None:
             sections.append(section(found))

@@ -106,7 +106,7 @@ def test_a_reset_static_cache_selects_anew(model, ids, length):
     assert torch.equal(call(model, ids[:, :1], cache), call(model, ids[:, :1], fresh))
 
 
-@pytest.mark.parametrize("length", [8, 40])
+@pytest.mark.parametrize("length", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_reset_static_cache_selects_anew_when_compiled(model, ids, length):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

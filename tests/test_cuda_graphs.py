@@ -77,7 +77,16 @@ def greedy(prompt, step, ids, cache, steps=8):
     return torch.cat(tokens, 1)
 
 
-@pytest.mark.parametrize("name", ["sticky", "least squares", "drift"])
+SLOW = {("compiled", name) for name in ("re-probe", "no compact weights", "heads", "mlp")}
+"""Those whose parts other cases have, too."""
+ORDERS = [
+    pytest.param(prompts, name, marks=[pytest.mark.slow] if (prompts, name) in SLOW else [])
+    for prompts in ("eager", "compiled")
+    for name in CONFIGS
+]
+
+
+@pytest.mark.parametrize("name", ["sticky", "least squares", pytest.param("drift", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prompts", ["eager", "compiled"])
 def test_packed_weights_serve_one_prompt_after_the_other(name, prompts, ids):
     if torch.float32 not in compact.PACKED_DTYPES:
@@ -85,11 +94,10 @@ def test_packed_weights_serve_one_prompt_after_the_other(name, prompts, ids):
     serve(CONFIGS[name], prompts, ids)
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=list(CONFIGS))
-@pytest.mark.parametrize("prompts", ["eager", "compiled"])
-def test_a_static_cache_serves_one_prompt_after_the_other(changes, prompts, ids, monkeypatch):
+@pytest.mark.parametrize(("prompts", "name"), ORDERS)
+def test_a_static_cache_serves_one_prompt_after_the_other(prompts, name, ids, monkeypatch):
     monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
-    serve(changes, prompts, ids)
+    serve(CONFIGS[name], prompts, ids)
 
 
 def serve(changes, prompts, ids):

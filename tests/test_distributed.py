@@ -62,7 +62,7 @@ def torchrun(*command, check=True):
     return done
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "paper")) for n in CONFIGS])
 def test_two_processes_end_with_the_history_and_numbers_of_one(name, tmp_path):
     torchrun("-m", "tests.test_distributed", name, tmp_path)
     losses, history = work(name)

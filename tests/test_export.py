@@ -263,7 +263,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f == "OPT")) for f in FAMILIES])
 def test_biases_and_fused_weights(family, tmp_path):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
@@ -280,7 +280,7 @@ def test_biases_and_fused_weights(family, tmp_path):
     "changes",
     [
         {"decode": "dense", "mlp_compensation": None, "attention_compensation": None},
-        {"history": None, "attention_ratio": 0.0, "mlp_compensation": "mean"},
+        pytest.param({"history": None, "attention_ratio": 0.0, "mlp_compensation": "mean"}, marks=pytest.mark.slow),
         {"probe": None, "freeze_history": True, "mlp_ratio": (0.0, 0.3, 0.5), "attention_ratio": 0.0},
     ],
 )

@@ -119,6 +119,7 @@ def test_assisted_decoding_gives_what_the_pruned_model_gives_alone(llama, ids):
         assert torch.equal(run(llama, ids[:1], prompt_lookup_num_tokens=4).sequences, alone)
 
 
+@pytest.mark.slow  # quanto compiles its kernels
 @pytest.mark.parametrize("backend", ["quanto"])
 def test_quantized_cache_at_ratio_zero(llama, ids, backend):
     pytest.importorskip("optimum.quanto", reason="the quantized cache needs optimum-quanto")
