@@ -179,8 +179,8 @@ def model_classes(found: dict[str, Any]) -> str:
 
 `python reliability/model_classes.py`: every causal and image-text class of transformers
 {found["versions"]["transformers"]}, from its own configuration with small sizes. Right: `explain` and `transform`
-agree, logits at ratio 0 are those of the untransformed model bit for bit, and again after `restore`. Refused: both end in a
-pp_fx error, and the model is as it was. Stray: anything else.
+agree, logits at ratio 0 are those of the untransformed model bit for bit, and again after `restore`. Refused: both
+end in a pp_fx error, and the model is as it was. Stray: anything else.
 
 {rows(header, [[len(classes), *counts]])}
 {rows(["refused because", "classes"], lines)}"""
