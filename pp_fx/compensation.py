@@ -96,12 +96,6 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
 
 
 def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
-    """`_least_squares` outside of autocast, whose bf16 products would spoil the Cholesky factor."""
-    with torch.autocast(weight.device.type, enabled=False):
-        return _least_squares(weight, known, ridge)
-
-
-def _least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     """The dropped channels' output, predicted from the kept channels by affine least squares (ridge regression).
 
     With the covariance A = diag(d) + Z.T @ Z of rank n + diagonal, the kept channels S and the dropped P,
@@ -142,7 +136,7 @@ def least_squares_or_mean(solves: Tensor, weight: Tensor, known: Known, ridge: f
     constants: Any = {name: value for name, value in known._asdict().items() if name not in names}
 
     def least(weight: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
-        made = _least_squares(weight, Known(**constants, **dict(zip(names, tensors, strict=True))), ridge)
+        made = least_squares(weight, Known(**constants, **dict(zip(names, tensors, strict=True))), ridge)
         return made.vector, made.dense_correction()  # type: ignore[return-value]
 
     def plain(weight: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,16 @@ FAULTS = (
           "    return tuple(F.linear(x, w, b) for w, b in linears)",
           "    return tuple(F.linear(x, w, b) for w, b in reversed(linears))",
           "tests/test_reference.py"),
-    Fault("padding counts as text", "pp_fx/probe.py", "energy = torch.where(real, energy, 0.0)", "pass",
-          "tests/test_reference.py tests/test_campaign.py"),
+    Fault("padding counts as text", "pp_fx/probe.py", "torch.where(real, left_aligned(energy, start), 0.0)",
+          "left_aligned(energy, start)", "tests/test_reference.py tests/test_campaign.py"),
+    Fault("positions count from the batch's first column", "pp_fx/probe.py", "start = first_real(real)",
+          "start = first_real(real) * 0", "tests/test_reference.py"),
+    Fault("what a layer's code reads may change", "pp_fx/intact.py", "if value is not before and not same(",
+          "if False and not same(", "tests/test_intact.py"),
+    Fault("autocast reaches the corrections", "pp_fx/defaults.py", "        if not kinds:\n", "        if True:\n",
+          "tests/test_defaults.py"),
+    Fault("writes into views are lost", "pp_fx/capture.py", "schema.is_mutable and not node.users", "False",
+          "tests/test_model_classes.py"),
     Fault("wrong key/value heads", "pp_fx/runtime.py", "heads = state.kv_head.index_select(0, selection.kept)",
           "heads = state.kv_head.index_select(0, selection.kept).flip(0)", "tests/test_reference.py"),
     Fault("query heads of the probe in the wrong order", "pp_fx/runtime.py", "permute(0, 2, 3, 1, 4)",
@@ -91,7 +99,7 @@ FAULTS = (
 
 def caught(fault: Fault, folder: Path) -> bool:
     """Whether the tests fail with the fault, in a copy of the project."""
-    for name in ("pp_fx", "passes", "export", "tests", "docs"):
+    for name in ("pp_fx", "passes", "export", "tests", "docs", "reliability"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("passes", "export"):
         (folder / "pp_fx" / name).symlink_to(folder / name)

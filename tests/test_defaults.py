@@ -1,6 +1,7 @@
 """What torch has set for the whole process reaches nothing that pp_fx makes, and no call."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import pp_fx
 from pp_fx.cache import Selection
+from pp_fx.gram import probe_gram
 from pp_fx.plan import Plan
 from pp_fx.probe import ProbeRows
 from pp_fx.selection import compensate
@@ -121,20 +123,36 @@ def test_calls_under_a_setting(name, ids):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_autocast_does_not_reach_a_correction():
-    """Two calls of one function with the same fp32 numbers: its solve would fail in bf16, or be a hundred times off."""
-    layer = layers_of(calibrated_llama(CONFIG))[-1]
+@pytest.mark.parametrize("least_squares", [True, False])
+def test_autocast_does_not_reach_a_correction(least_squares):
+    """Two calls of one function with the same fp32 numbers."""
+    config = dataclasses.replace(CONFIG, compensation_min_tokens=1 if least_squares else 1000)
+    layer = layers_of(calibrated_llama(config))[-1]
     state, weight = layer.states()["mlp"], layer.mlp.down_proj.weight
-    z = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(0))
-    rows, plan = ProbeRows(None, torch.arange(20), None), Plan((2, 20), True, False, None, {})
     kept = torch.arange(state.kept_units)
 
     def corrected():
-        made = compensate(state, Selection(kept, kept, 0), z, rows, weight, plan)
-        return [made.vector, *made.correction]
+        made = compensate(state, Selection(kept, kept, 0), rows_of(96), ROWS, weight, PLAN)
+        return [made.vector, *(made.correction or ())]
 
     expected = corrected()
     with torch.autocast("cpu", torch.bfloat16):
         got = corrected()
-    assert len(got) == len(expected) > 1
+    assert len(got) == len(expected)
+    assert (len(got) > 1) == least_squares
     assert all(map(torch.equal, got, expected))
+
+
+def test_autocast_does_not_reach_the_score_of_heads():
+    layer = layers_of(calibrated_llama(CONFIG))[-1]
+    state, weight = layer.states()["attention"], layer.self_attn.o_proj.weight
+    expected = probe_gram(state, rows_of(64), ROWS, rows_of(64), weight, PLAN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(probe_gram(state, rows_of(64), ROWS, rows_of(64), weight, PLAN), expected)
+
+
+ROWS, PLAN = ProbeRows(None, torch.arange(20), None), Plan((2, 20), True, False, None, {})
+
+
+def rows_of(width):
+    return torch.randn(2, 20, width, generator=torch.Generator().manual_seed(0))
