@@ -16,7 +16,9 @@ def skip_single_splits(model: ir.Model) -> None:
 def widen_bfloat16(model: ir.Model) -> None:
     """What the model computes in bf16 runs in fp32 and is rounded (alibi): onnxruntime's CPU knows no bf16."""
     for node in list(model.graph):
-        if node.op_type == "Cast" or not any(_is_bf16(v) for v in (*node.inputs, *node.outputs)):
+        if node.op_type in ("Cast", "Constant", "ConstantOfShape") or not any(
+            _is_bf16(v) for v in (*node.inputs, *node.outputs)
+        ):
             continue
         for index, value in enumerate(node.inputs):
             if value is not None and _is_bf16(value):

@@ -113,8 +113,10 @@ def _check(model: Any, opset: int) -> Any:
     layers_of(model)
     if model.get_output_embeddings() is None or not hasattr(model, "generation_config"):
         raise ExportError(f"model={type(model).__name__} has no LM head; export a causal language model")
-    rope = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {p.get("rope_type") for p in (parameters, *parameters.values()) if isinstance(p, dict)}
+    rope = next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
+    if rope is not None:
         raise ExportError(
             f"rope_type={rope!r} makes another rotary table for longer texts while it runs, which a graph cannot; load "
             "the model with rope_type='linear' or 'yarn', or without scaling"

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import markers
 from .errors import CaptureError, UnsupportedModelError
 from .exported import CAPTURE_DTYPE, TOKEN, TOKEN_NAME, Cleaner
+from .reads import Reads, watch
 
 _CACHED_LENGTH = 23
 
@@ -141,8 +142,10 @@ def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, re
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # a padded row makes the model build a real mask tensor
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "position_ids" in known:
         inputs["position_ids"] = torch.arange(length, device=device).expand(batch, length)
+    inputs |= {name: False for name in ("output_router_logits",) if name in known}  # no router runs
     try:
         for i, layer in enumerate(layers):
             layer.__dict__["forward"] = recorder(i)
@@ -226,13 +229,14 @@ class _Caller(nn.Module):
         return self.layer(**arguments, **kwargs)
 
 
-def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) -> fx.Graph:
+def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], reads: Reads | None = None) -> fx.Graph:
     """Capture one layer.
 
     Args:
         model: its config selects the attention implementation.
         layer: the decoder layer; not changed.
         calls: two recorded calls of different batch and length; dimensions that differ become dynamic.
+        reads: gets the attributes whose values the graph holds.
 
     Returns:
         Graph with the layer's own signature (defaults and **kwargs included). Nodes carry fake tensors of the capture
@@ -245,7 +249,7 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
         CaptureError: the layer does something that a graph cannot represent.
     """
     try:
-        return _capture(model, layer, calls, {}, "")
+        return _capture(model, layer, calls, {}, "", reads)
     except CaptureError as error:
         try:
             whole = _modules_with_cache(layer, calls[0])
@@ -255,7 +259,8 @@ def capture_layer(model: nn.Module, layer: nn.Module, calls: tuple[Any, Any]) ->
             whole = {}
         if not whole:
             raise
-        return _capture(model, layer, calls, whole, f"runs as the module it is ({str(error).splitlines()[0]})")
+        reason = f"runs as the module it is ({str(error).splitlines()[0]})"
+        return _capture(model, layer, calls, whole, reason, reads)
 
 
 def _only_writes(node: fx.Node) -> bool:
@@ -319,7 +324,12 @@ def _output_like(result: Any, shape: torch.Size) -> Any:
 
 
 def _capture(
-    model: nn.Module, layer: nn.Module, calls: tuple[Any, Any], whole: dict[str, Any], reason: str
+    model: nn.Module,
+    layer: nn.Module,
+    calls: tuple[Any, Any],
+    whole: dict[str, Any],
+    reason: str,
+    reads: Reads | None,
 ) -> fx.Graph:
     """`capture_layer`; the submodules in `whole` stay calls, for `reason`."""
     signature = _signature(layer)
@@ -359,6 +369,8 @@ def _capture(
         inputs.append(torch.empty(_CACHED_LENGTH, device=inputs[0].device))
         dynamic.append({0: torch.export.Dim.AUTO})
         caller = _Caller(_fake_copy(layer, dtypes), leaves, spec, slots, var_kwargs).eval()
+    if reads is not None:
+        watch(caller.layer, reads)
     for path, output in whole.items():
         markers.stay_whole(caller.layer.get_submodule(path), output, reason)
 

@@ -451,8 +451,10 @@ def _settings(
 
 def _check_fit(config: ProbePruningConfig, model: str) -> None:
     """Ratios and skipped layers against the model's number of layers, before its weights are read."""
-    layers = load_config(model).get_text_config(decoder=True).num_hidden_layers
+    layers = getattr(load_config(model).get_text_config(decoder=True), "num_hidden_layers", None)
     for kind in ("mlp", "attention"):
+        if layers is None:
+            break  # `load` says what it is
         config.layer_ratios(f"{kind}_ratio", layers)
 
 
@@ -549,16 +551,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _named_as_options(message: str, arguments: list[str]) -> str:
-    """An error of the Python API with its arguments called as the command calls them: overwrite=True, --overwrite."""
+    """An error of the Python API with its arguments called as the command calls them: overwrite=True, --overwrite.
+
+    What stands in quotes are values.
+    """
     commands: Any = typer.main.get_command(app)
     command = next((commands.commands[a] for a in arguments if a in commands.commands), None)
-    for option in (o for p in getattr(command, "params", []) for o in p.opts if o.startswith("--")):
-        name = option[2:].replace("-", "_")
-        message = re.sub(rf"\b{name}=True\b", option, message)
-        message = re.sub(rf"(?<![\w.-]){name}(?==)", option, message)
-        if "_" in name:
-            message = re.sub(rf"(?<![\w.-]){name}\b", option, message)
-    return message
+    options = [o for p in getattr(command, "params", []) for o in p.opts if o.startswith("--")]
+
+    def renamed(text: str) -> str:
+        for option in options:
+            name = option[2:].replace("-", "_")
+            text = re.sub(rf"\b{name}=True\b", option, text)
+            text = re.sub(rf"(?<![\w./-]){name}(?==)", option, text)
+            if "_" in name:
+                text = re.sub(rf"(?<![\w./-]){name}\b", option, text)
+        return text
+
+    parts = re.split(r"('[^']*')", message)
+    return "".join(part if part.startswith("'") else renamed(part) for part in parts)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 
+_GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+
 
 @contextlib.contextmanager
 def own_defaults() -> Iterator[None]:
     """Inside (or in a function that it decorates), torch's own settings hold, whatever the caller has set.
 
-    These are: new tensors in fp32 on the CPU unless asked otherwise (`torch.set_default_dtype`,
+    Hooks on all modules of the process (`register_module_forward_hook`) rest, too: a graph would hold what they do.
+    The settings are: new tensors in fp32 on the CPU unless asked otherwise (`torch.set_default_dtype`,
     `torch.set_default_device`, a device as a context), no inference tensors, no autocast.
     """
-    before = torch.get_default_dtype()
+    before, resting = torch.get_default_dtype(), [dict(hooks) for hooks in _GLOBAL_HOOKS]
     torch.set_default_dtype(torch.float32)
+    for hooks in _GLOBAL_HOOKS:
+        hooks.clear()
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -28,6 +33,8 @@ def own_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+        for hooks, own in zip(_GLOBAL_HOOKS, resting, strict=True):
+            hooks.update(own)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import ProbePruningConfig, as_config
 from .errors import ConfigError, InputError, StateError
-from .saving import HISTORY, SETTINGS, read_history
+from .saving import HISTORY, SETTINGS, WEIGHTS, read_history, weights_fingerprint
 from .transform import transform
 
 METHOD = "pp_fx"
@@ -80,11 +80,18 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
             return None
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**fields)
+            noted = fields.pop(WEIGHTS, None)
+            found = cls(**fields)
         except ConfigError:
             raise
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read ({error}); save the model again") from None
+        if noted is not None and weights_fingerprint(Path(path).parent) not in (None, noted):
+            raise ConfigError(
+                f"{path} belongs to other weights than those beside it (a model was saved over a pruned one?); delete "
+                f"it and {HISTORY}, or save the pruned model again"
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the method, and every field of the configuration."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import StateError, UnsupportedModelError
-from .reads import Reads, same, values
+from .reads import Reads, present, same, values
 from .runtime import COLLECTOR
 
 _keys = itertools.count(1)
@@ -121,11 +121,11 @@ def check_dropout(inside: Inside) -> None:
 def _dropout(key: int) -> str | None:
     inside = _known[key]
     found = [(m, name, cls) for _, name, m, cls in inside.parts]
-    found += [(owner, "configuration", cls) for owner, cls, name, _ in inside.attributes if "dropout" in name]
+    found += [(owner, "configuration", cls) for owner, cls, name, _ in inside.attributes if _is_random(name)]
     for owner, name, cls in found:
         for attribute, value in vars(owner).items():
-            dropout = "dropout" in attribute or (attribute == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))
-            if dropout and isinstance(value, float) and value > 0:
+            share = attribute == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)
+            if (share or _is_random(attribute)) and isinstance(value, int | float) and value > 0:
                 return f"{name} ({cls.__name__}) of a decoder layer has {attribute}={value}"
     return None
 
@@ -149,10 +149,15 @@ def _changed(key: int) -> str | None:
         if module.__class__ is not cls:
             return f"module {name} ({cls.__name__}) inside a decoder layer has become a {type(module).__name__}"
     for owner, cls, name, before in inside.attributes:
-        value = vars(owner).get(name, before)
-        if value is not before and not same(value, before) and "dropout" not in name:
+        value = present(owner, cls, name)
+        if value is not before and not same(value, before) and not _is_random(name):
             return f"{name} of a {cls.__name__} in a decoder layer went from {before!r} to {value!r}"
     return None
+
+
+def _is_random(attribute: str) -> bool:
+    """Dropout, or a router's noise: shares that count in training alone."""
+    return "dropout" in attribute or "jitter" in attribute
 
 
 def _hooked(module: nn.Module) -> bool:

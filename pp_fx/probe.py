@@ -59,7 +59,8 @@ def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerIn
 def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:
     """Rank positions, then samples, by the norm of the residual [B, T, H]; padded rows rank last.
 
-    Positions count from each sample's first real token, so how much padding lies on its left changes nothing.
+    Positions count from each sample's first real token, on whichever side it is padded; how many there are is a share
+    of the batch's width, padding included.
 
     Returns:
         The probe's rows, or None when this call needs no probe: the layer is dense here, calibration is running, the

@@ -2,53 +2,69 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 Reads = dict[type, set[str]]
 """Class of modules or configurations -> names."""
 
+_MISSING = object()
 _PLAIN = (int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset)
 # a module's own bookkeeping; modes, which the caller sees to; what is looked up anew at every call
-_OTHERS = frozenset(nn.Module().__dict__) | {"output_attentions", "output_hidden_states", "layer_idx"}
+_OTHERS = frozenset(nn.Module().__dict__) | {
+    "output_attentions", "output_hidden_states", "layer_idx", "gradient_checkpointing",
+}  # fmt: skip
 
 
-@contextlib.contextmanager
-def recorded(reads: Reads) -> Iterator[None]:
-    """Inside, every attribute that is read of any module or configuration is noted in `reads`."""
+def watch(layer: nn.Module, reads: Reads) -> None:
+    """Note in `reads` whatever is read of the modules of `layer`, a copy made for capture, and of their configurations.
 
-    def watched(read: Any) -> Any:
-        def look(self: Any, name: str) -> Any:
-            reads.setdefault(type(self), set()).add(name)
-            return read(self, name)
+    Each gets a subclass of its own class, so that nobody else's reads count.
+    """
+    for module in layer.modules():
+        config = vars(module).get("config")
+        if config is not None and not hasattr(type(config), "_pp_fx_watched"):
+            module.__dict__["config"] = copy.copy(config)
+            _watch(module.__dict__["config"], reads)
+        _watch(module, reads)
 
-        return look
 
-    own = PreTrainedConfig.__dict__["__getattribute__"]  # it knows attributes by second names
-    nn.Module.__getattribute__ = watched(object.__getattribute__)  # type: ignore[method-assign]
-    PreTrainedConfig.__getattribute__ = watched(own)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
-        PreTrainedConfig.__getattribute__ = own  # type: ignore[method-assign]
+def _watch(owner: Any, reads: Reads) -> None:
+    cls = type(owner)
+
+    def look(self: Any, name: str) -> Any:
+        reads.setdefault(cls, set()).add(name)
+        return cls.__getattribute__(self, name)  # type: ignore[call-arg]
+
+    body = {"__getattribute__": look, "__module__": cls.__module__, "_pp_fx_watched": True}
+    owner.__class__ = type(cls.__name__, (cls,), body)
 
 
 def values(owner: Any, names: set[str]) -> list[tuple[str, Any]]:
     """The present values of those attributes of a module or configuration that are no parameters and no modules."""
     if isinstance(owner, nn.modules.dropout._DropoutNd):
         return []  # graphs are those of eval mode; `intact.check_dropout` sees to training
-    there = vars(owner)
-    found = sorted(n for n in names if n in there and n not in _OTHERS and not n.startswith("__"))
+    there, cls = vars(owner), type(owner)
+    wanted = sorted(n for n in names if n not in _OTHERS and not n.startswith("__"))
     if not isinstance(owner, nn.Module):
-        found = [n for n in found if not n.startswith("_")]  # the attention implementation is looked up at every call
-    kept = [(n, there[n]) for n in found if not isinstance(there[n], nn.Module | PreTrainedConfig)]
-    return [(n, copy.deepcopy(v) if isinstance(v, _PLAIN) and not _holds(v) else v) for n, v in kept]
+        wanted = [n for n in wanted if not n.startswith("_")]  # the attention implementation is looked up at every call
+    kept = [(n, there[n]) for n in wanted if n in there and not _is_part(there[n])]
+    found = [(n, copy.deepcopy(v) if isinstance(v, _PLAIN) and not _holds(v) else v) for n, v in kept]
+    of_class = [n for n in wanted if n not in there and isinstance(getattr(cls, n, None), int | float | str)]
+    return found + [(n, getattr(cls, n)) for n in of_class]
+
+
+def present(owner: Any, cls: type, name: str) -> Any:
+    """The value of an attribute now, of the object's own or of its original class `cls`."""
+    found = vars(owner).get(name, _MISSING)
+    return getattr(cls, name, _MISSING) if found is _MISSING else found
+
+
+def _is_part(value: Any) -> bool:
+    """Modules and configurations are watched themselves."""
+    return isinstance(value, nn.Module) or hasattr(value, "to_diff_dict")
 
 
 def _holds(value: Any) -> bool:

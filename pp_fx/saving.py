@@ -24,6 +24,9 @@ from .transform import config_of, layers_of
 HISTORY = "pp_fx_history.safetensors"
 SETTINGS = "pp_fx_config.json"
 """Holds the pruning's configuration where config.json is to be that of the dense model."""
+WEIGHTS = "weights"
+"""Field of that file: `weights_fingerprint`."""
+_END = 2**20
 KEYS = ("energy", "mean", "directions", "gram", "seen")
 """Buffers of a GroupState that are its history."""
 
@@ -72,7 +75,25 @@ def save_pretrained(
     apart = Path(save_directory, SETTINGS)
     apart.unlink(missing_ok=True)  # of an earlier save
     if not quantization_config:
-        apart.write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
+        noted = {**settings.to_dict(), WEIGHTS: weights_fingerprint(save_directory)}
+        apart.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_fingerprint(directory: str | os.PathLike) -> str | None:
+    """Of the names, sizes and ends of a folder's weight files, a few MB to read; None where there are none.
+
+    A dense model that is saved over a pruned one later leaves `pp_fx_config.json` behind: it must not prune that one.
+    """
+    files = sorted(p for p in Path(directory).glob("*.safetensors") if p.name != HISTORY)
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}".encode())
+            for start in (0, max(0, size - _END)):
+                file.seek(start)
+                digest.update(file.read(_END))
+    return digest.hexdigest() if files else None
 
 
 def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from .config import ProbePruningConfig
 from .errors import UnsupportedModelError
 from .groups import Group
 from .passes import BlockGraph, probe_pruning
-from .reads import Reads, recorded
+from .reads import Reads
+
+_CAPTURING = threading.RLock()
+"""torch.export is not thread-safe."""
 
 
 @dataclass
@@ -53,6 +57,13 @@ def find_structures(
         UnsupportedModelError: a layer holds quantized or distributed weights.
     """
     _refuse_quantized(layers)
+    with _CAPTURING:
+        return _find_structures(model, layers, config)
+
+
+def _find_structures(
+    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None
+) -> tuple[dict[tuple, Structure], list[Any]]:
     calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
     found: dict[tuple, Structure] = {}
     for i, layer in enumerate(layers):
@@ -63,8 +74,7 @@ def find_structures(
         if key in found:
             continue
         reads: Reads = {}
-        with recorded(reads):
-            graph = capture_layer(model, layer, (calls[0][i], calls[1][i]))
+        graph = capture_layer(model, layer, (calls[0][i], calls[1][i]), reads)
         block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
         probe_pruning(config)(block)
         groups = {n.group.kind: n.group for n in block.inserted}

@@ -115,6 +115,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         if hasattr(model, SAVE):
             model.__dict__[SAVE] = functools.partial(_save_pretrained, model)
         holder.register_forward_pre_hook(check_call, with_kwargs=True)
+        holder.register_forward_pre_hook(_refuse_router_logits, with_kwargs=True)
+        model.register_forward_pre_hook(_refuse_router_logits, with_kwargs=True)
         for module in () if _collects_attention(holder, layers) else dict.fromkeys((model, holder)):
             module.register_forward_pre_hook(_refuse_attention_weights, with_kwargs=True)
     except BaseException:
@@ -148,7 +150,9 @@ def _undo(model: nn.Module, layers: Any) -> None:
         module.__dict__.pop(INFO, None)
         module.__dict__.pop(SAVE, None)
         hooks = module._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if hook in (_refuse_attention_weights, check_call)]:
+        for key in [
+            k for k, hook in hooks.items() if hook in (_refuse_attention_weights, _refuse_router_logits, check_call)
+        ]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -220,6 +224,16 @@ def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, A
         raise StateError(
             "output_attentions=True cannot be served: attention heads are pruned, or this model's attention is not one "
             "call; leave it out, set attention_ratio=0, or call pp_fx.restore(model)"
+        )
+
+
+def _refuse_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A graph runs the routers of a mixture without calling their modules."""
+    asked = kwargs.get("output_router_logits")
+    if asked or (asked is None and getattr(getattr(model, "config", None), "output_router_logits", False)):
+        raise StateError(
+            "output_router_logits=True cannot be served by a transformed model; set it to False or call "
+            "pp_fx.restore(model)"
         )
 
 

@@ -224,3 +224,16 @@ def test_an_interrupt_while_importing_is_quiet():
     code = f"import pp_fx_command\n{code}pp_fx_command.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_values_of_an_error_stay_as_they_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "runs/mlp_ratio/length=512", "--text", "python-docs"])
+    assert "model='runs/mlp_ratio/length=512' cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_configuration_of_something_else(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path), "--text", "python-docs"])
+    assert "cannot be loaded" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What a rewritten layer would bypass or select twice is refused: adapters, hooks, recomputation, paged caches."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ CHANGES = {
     ),
     "scaling": (lambda m: setattr(m.model.layers[2].self_attn, "scaling", 0.5), r"scaling of a LlamaAttention.* 0\.5"),
     "epsilon": (lambda m: setattr(m.model.layers[0].input_layernorm, "variance_epsilon", 0.1), "variance_epsilon"),
+    "a deleted attribute": (lambda m: delattr(m.model.layers[1].self_attn, "scaling"), "scaling"),
     "head_dim": (lambda m: setattr(m.model.layers[0].self_attn, "head_dim", 8), "head_dim"),
 }
 
@@ -207,3 +209,58 @@ def test_continuous_batching_is_refused(model, ids, capfd):
     assert not any(result.generated_tokens for result in found.values())
     assert "generate_batch (continuous batching) cannot be served" in str(found) + capfd.readouterr().err
     assert model.generate(ids, generation_config=settings).shape[1] == ids.shape[1] + 2
+
+
+def test_a_routers_noise_is_refused_in_training(ids):
+    model = build("Mixtral")
+    for module in model.modules():
+        if hasattr(module, "jitter_noise"):
+            module.jitter_noise = 0.1
+    transformed(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0)).train()
+    with pytest.raises(StateError, match=r"jitter_noise=0\.1"):
+        model(ids)
+
+
+def test_router_logits_are_refused_by_name(ids):
+    model = build("Mixtral")
+    model.config.output_router_logits = True
+    transformed(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
+    with pytest.raises(StateError, match="output_router_logits=True"):
+        model(ids)
+    model(ids, output_router_logits=False)
+
+
+def test_threads_transform_and_run_beside_each_other(ids):
+    """torch.export is not thread-safe; what another thread reads meanwhile is nobody's business."""
+    other, failed = tiny_llama(seed=9), []
+
+    def transforming(seed):
+        try:
+            model = pp_fx.transform(tiny_llama(seed=seed), CONFIG)
+            model.config.use_cache = False
+            model(ids)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=transforming, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        other(ids)
+    assert not failed
+    assert "__getattribute__" not in vars(torch.nn.Module)
+
+
+def test_hooks_on_all_modules_are_not_baked_in(ids):
+    model = tiny_llama()
+    with torch.no_grad():
+        dense = model(ids).logits
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, given, out: torch.zeros_like(out) if isinstance(module, torch.nn.Linear) else None
+        )
+        try:
+            pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, skip_layers=0))
+            assert torch.nn.modules.module._global_forward_hooks
+        finally:
+            handle.remove()
+        assert torch.equal(model(ids).logits, dense)

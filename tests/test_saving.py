@@ -309,6 +309,12 @@ def test_settings_in_a_file_of_their_own(tmp_path, ids):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
     for a, b in zip(logits(again, ids), logits(model, ids), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    pp_fx.restore(again)
+    with torch.no_grad():
+        again.model.embed_tokens.weight[0] += 1
+    again.save_pretrained(tmp_path)  # dense and other weights, over a pruned model
+    with pytest.raises(ConfigError, match="belongs to other weights"):
+        pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)  # the other way, into the same folder: nothing is left of this one
     with pytest.raises(InputError, match=r"has no pp_fx_config\.json"):
         pp_fx.ProbePruningHfConfig.from_pretrained(tmp_path)
