@@ -300,12 +300,13 @@ DENSE = {
     RolledBlock: "not pointwise",
     ReusedGateBlock: "is also used by slice",
     LeakyFusedBlock: "is also used by mean",
+    InPlaceViewBlock: "not pointwise",
     FirstTokenGateBlock: "differ in their number of channels",
 }
 """Block -> part of the reason why its MLP is left dense."""
 
 
-REFUSED = [InPlaceViewBlock, OwnIndexBlock]
+REFUSED = [OwnIndexBlock]
 """Blocks that a graph cannot hold."""
 
 

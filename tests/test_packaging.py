@@ -35,7 +35,9 @@ def test_the_wheel_holds_every_source(wheel):
             assert f"{prefix}/{part}" in names, f"{prefix}/{part}"
     assert "optimum/commands/register/register_pp_fx.py" in names
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"pp_fx", "optimum", f"pp_fx-{pp_fx.__version__}.dist-info"}, "no bare `passes` or `export`"
+    assert tops == {"pp_fx", "pp_fx_command.py", "optimum", f"pp_fx-{pp_fx.__version__}.dist-info"}, (
+        "no bare `passes` or `export`"
+    )
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
 
 

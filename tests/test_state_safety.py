@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import io
 import os
 import pickle
@@ -183,7 +184,7 @@ def test_an_interrupted_transform_leaves_the_model(place, after, ids, monkeypatc
         expected = model(ids).logits
     strides = [p.stride() for p in model.parameters()]
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
-    module = pp_fx.transform.__globals__
+    module = inspect.unwrap(pp_fx.transform).__globals__
     calls, original = [], module[place]
 
     def interrupted(*args, **kwargs):
