@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from transformers import DynamicCache
 from ..cache import put_selections, selections_on
 from ..history import history_frozen
 from ..transform import layers_of
-from .functions import TRANSLATIONS
+from .functions import DOMAIN, TRANSLATIONS
 from .layers import detached, tensors_of, with_tensors
 from .ports import Port
 
+_TINY = 1e-6
 History = dict[str, dict[str, Tensor]]
 Compact = dict[str, dict[str, Tensor]]
 Weights = list[dict[str, Tensor]]
@@ -194,9 +196,28 @@ def _export(
             verbose=False,
         )
     # what torch.onnx would do itself, with the model's weights kept as they are: Gemma's norm adds 1 to its own
-    optimize_ir(program.model, should_fold=lambda node: False if _reads_a_weight(node) else None)
+    with _tiny_sums_hidden(program.model):
+        optimize_ir(program.model, should_fold=lambda node: False if _reads_a_weight(node) else None)
     onnx_fusions.fuse(program.model)
     return program
+
+
+@contextlib.contextmanager
+def _tiny_sums_hidden(model: ir.Model) -> Iterator[None]:
+    """Inside, sums with a tiny constant are no `Add`: the optimizer takes 1e-8 (Helium's norm) for 0 and drops it."""
+    sums = [n for n in model.graph.all_nodes() if n.op_type == "Add" and not n.domain and any(map(_is_tiny, n.inputs))]
+    try:
+        for node in sums:
+            node.domain = DOMAIN
+        yield
+    finally:
+        for node in sums:
+            node.domain = ""
+
+
+def _is_tiny(value: ir.Value | None) -> bool:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.size == 1 and 0 < abs(float(tensor.numpy().reshape(()))) < _TINY
 
 
 def _reads_a_weight(node: ir.Node) -> bool:
