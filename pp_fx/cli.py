@@ -100,7 +100,7 @@ def demo(json_file: Json = None) -> None:
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
     calibration: Annotated[str | None, typer.Option(help=f"{_CALIBRATION}; left out: probe alone.")] = None,
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
@@ -135,7 +135,7 @@ def eval_command(
 
 @app.command("bench")
 def bench_command(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
     phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill",
     batch: Annotated[int, typer.Option(help="Prompts, side by side.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 256,
@@ -185,7 +185,7 @@ def bench_command(
 
 @app.command("report")
 def report_command(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
     directory: Annotated[Path, typer.Argument(help="Folder to write: report.html, pictures, report.json.")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")] = PYTHON_DOCS,
     calibration: Annotated[str | None, typer.Option(help=f"{_CALIBRATION}; left out: what follows the text.")] = None,
@@ -226,7 +226,7 @@ def build_ort_ops_command(
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
     directory: Annotated[Path, typer.Argument(help="Folder to write: model.onnx and everything around it.")],
     calibration: Annotated[
         str, typer.Option(help=f"{_CALIBRATION}; none: no history. A model saved with its pruning keeps its own.")
@@ -334,7 +334,7 @@ def explain_command(
 
 @app.command("compare")
 def compare_command(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, or smollm2 (embedded).")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
     text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
     calibration: Annotated[str, typer.Option(help=f"{_CALIBRATION}.")],
     methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; all.")] = "all",

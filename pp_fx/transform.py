@@ -217,10 +217,15 @@ def _collects_attention(holder: nn.Module, layers: Iterable[Any]) -> bool:
     return whole and seen and "attentions" in (getattr(holder, "_can_record_outputs", None) or {})
 
 
+def _asks(model: nn.Module, kwargs: dict[str, Any], output: str) -> bool:
+    """Whether a call, or else the model's configuration, asks for an output."""
+    asked = kwargs.get(output)
+    return bool(getattr(getattr(model, "config", None), output, False) if asked is None else asked)
+
+
 def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The rewritten layers do not call the attention modules, whose outputs transformers would collect."""
-    asked = kwargs.get("output_attentions")
-    if asked or (asked is None and getattr(getattr(model, "config", None), "output_attentions", False)):
+    if _asks(model, kwargs, "output_attentions"):
         raise StateError(
             "output_attentions=True cannot be served: attention heads are pruned, or this model's attention is not one "
             "call; leave it out, set attention_ratio=0, or call pp_fx.restore(model)"
@@ -229,8 +234,7 @@ def _refuse_attention_weights(model: nn.Module, args: tuple, kwargs: dict[str, A
 
 def _refuse_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A graph runs the routers of a mixture without calling their modules."""
-    asked = kwargs.get("output_router_logits")
-    if asked or (asked is None and getattr(getattr(model, "config", None), "output_router_logits", False)):
+    if _asks(model, kwargs, "output_router_logits"):
         raise StateError(
             "output_router_logits=True cannot be served by a transformed model; set it to False or call "
             "pp_fx.restore(model)"
