@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pp_fx
-from pp_fx.macs import state_bytes, weight_bytes
+from pp_fx.measure.bytes import state_bytes, weight_bytes
 from pp_fx.models import load
 
 

@@ -32,9 +32,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import pp_fx
-from pp_fx.bench import ideal_decode, ideal_prefill
 from pp_fx.kernels import gather_linear, gather_output
-from pp_fx.static import static_copies
+from pp_fx.measure.bench import ideal_decode, ideal_prefill
+from pp_fx.measure.bounds import static_copies
 
 SHAPES = {
     "Llama-2-7B": {},

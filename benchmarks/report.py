@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from pp_fx.cli import versions
+from pp_fx.requirements import versions
 
 
 def processor() -> str:
@@ -20,10 +21,20 @@ def processor() -> str:
     return next(x.split(":")[1].strip() for x in lines if x.startswith("model name")) + f" ({', '.join(sorted(flags))})"
 
 
+def commit() -> str:
+    """The checkout's commit, with a + where files differ from it; empty outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def write_json(file: Path, document: dict[str, Any]) -> None:
     """Indented JSON with the processor and the versions that the figures depend on; folders made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    document = {**document, "processor": processor(), "versions": {**versions(), **document.get("versions", {})}}
+    noted = {**versions(), "commit": commit(), **document.get("versions", {})}
+    document = {**document, "processor": processor(), "versions": noted}
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

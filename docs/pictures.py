@@ -17,7 +17,8 @@ from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pp_fx
-from pp_fx.capture import capture_layer, record_calls
+from pp_fx.capture.calls import record_calls
+from pp_fx.capture.trace import capture_layer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

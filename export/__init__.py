@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .folder import check_target
     from .native_ops import build_ort_ops
     from .node_placement import placement
-    from .ort_model import OrtCache, OrtModel
+    from .ort_cache import OrtCache
+    from .ort_model import OrtModel
     from .to_onnx import onnx
 
 __all__ = ["Check", "OrtCache", "OrtModel", "build_ort_ops", "check", "check_target", "onnx", "placement"]
@@ -26,7 +27,7 @@ _HOME = {
     "build_ort_ops": "native_ops",
     "Check": "agreement",
     "OrtModel": "ort_model",
-    "OrtCache": "ort_model",
+    "OrtCache": "ort_cache",
     "placement": "node_placement",
 }
 

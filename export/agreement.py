@@ -14,17 +14,19 @@ import torch
 from onnxscript import ir
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ..cache import selections_on
-from ..capture import find_layers
+from ..capture.layers import find_layers
 from ..config import ProbePruningConfig
-from ..defaults import own_defaults
 from ..errors import ExportError
-from ..guard import guard_lifted
-from ..history import history_frozen
-from ..transform import layers_of, transform
-from .folder import MODEL, context_length, read_settings, verify
-from .ort_model import CPU, OrtModel, check_provider
-from .ports import HISTORY, homes, ports_of
+from ..process_settings import own_defaults
+from ..rewrite.layer import layers_of, settings_of
+from ..rewrite.transform import transform
+from ..runtime.modes import guard_lifted, history_frozen
+from ..runtime.selections import selections_on
+from .folder import MODEL, check_files, context_length, read_settings
+from .names import COMPACT, HISTORY, of_group, state_tensor
+from .ort_model import OrtModel
+from .ports import Port, homes, ports_of
+from .providers import CPU, check_provider
 
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
 _AGREEMENT = 0.99
@@ -88,21 +90,20 @@ def check(directory: str | Path, *, seed: int = 0, provider: str = CPU) -> Check
     """
     check_provider(provider)
     directory = Path(directory)
-    verify(directory)
-    return compare(directory, _rebuild(directory), seed, provider)
+    check_files(directory)
+    return compare_with_torch(directory, *_rebuild(directory), seed, provider)
 
 
-def compare(directory: Path, model: Any, seed: int = 0, provider: str = CPU) -> Check:
-    """As `check`, against a transformed model in memory, which is left as it is."""
+def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int = 0, provider: str = CPU) -> Check:
+    """As `check`, against a transformed model in memory, which is left as it is, and its ports."""
     frugal = onnxruntime.SessionOptions()  # the weights once, not a second time in the kernels' own layout
     frugal.add_session_config_entry("session.disable_prepacking", "1")
     frugal.enable_cpu_mem_arena = False
     ours = OrtModel.from_pretrained(directory, session_options=frugal, provider=provider)
     generator = torch.Generator().manual_seed(seed)
-    config = ports_of(model)[0].state.config
     vocabulary = model.config.get_text_config().vocab_size
     longest = context_length(model.config) - 4
-    differences, same, units, shapes = [], 0, 0, _shapes(config, longest)
+    differences, same, units, shapes = [], 0, 0, _shapes(settings_of(model), longest)
     for batch, length in shapes:
         ids = torch.randint(0, vocabulary, (batch, length + 3), generator=generator)
         mask = torch.ones_like(ids)
@@ -127,9 +128,9 @@ def compare(directory: Path, model: Any, seed: int = 0, provider: str = CPU) -> 
                 difference = max(difference, ((out.logits.float() - expected)[real].abs().max() / scale).item())
         chosen: Any = selections_on(cache)
         agrees = True
-        for port in ports_of(model):
+        for port in ports:
             torch_kept = chosen.layers[port.index][port.kind].kept.cpu().numpy()
-            ort_kept = ort_cache.compact[f"pp_compact.{port.name}.kept"].numpy()  # type: ignore[union-attr]
+            ort_kept = ort_cache.compact[of_group(COMPACT, port.name, "kept")].numpy()  # type: ignore[union-attr]
             agrees &= bool(np.array_equal(torch_kept, ort_kept))
             same += len(np.intersect1d(torch_kept, ort_kept))
             units += len(torch_kept)
@@ -139,14 +140,14 @@ def compare(directory: Path, model: Any, seed: int = 0, provider: str = CPU) -> 
     return Check(max(differences, default=math.inf), same / units, _TOLERANCE[dtype], len(shapes))
 
 
-def _shapes(config: ProbePruningConfig, longest: int) -> list[tuple[int, int]]:
+def _shapes(settings: ProbePruningConfig, longest: int) -> list[tuple[int, int]]:
     """Batch and length of the prompts; lengths no larger than the model allows."""
-    long = min(longest, config.min_select_tokens + 9)
-    return [(1, min(longest, 5)), (2, long), (1 + (config.compensation_min_tokens or 0) // long, long)]
+    long = min(longest, settings.min_select_tokens + 9)
+    return [(1, min(longest, 5)), (2, long), (1 + (settings.compensation_min_tokens or 0) // long, long)]
 
 
-def _rebuild(directory: Path) -> Any:
-    """The transformed torch model out of an exported folder."""
+def _rebuild(directory: Path) -> tuple[Any, list[Port]]:
+    """The transformed torch model out of an exported folder, and its ports."""
     settings = read_settings(directory)
     stored = ir.load(directory / MODEL).graph.initializers
     model = AutoModelForCausalLM.from_config(
@@ -185,11 +186,10 @@ def _rebuild(directory: Path) -> Any:
     model.load_state_dict(weights, strict=False)  # tied weights have one name here
     with torch.no_grad():
         for port in ports:
-            for key in (*HISTORY, "directions"):
-                buffer = getattr(port.state, key)
-                found = tensor(f"pp_history.{port.name}.{key}")
-                found = tensor(f"{path}.{port.index}.pp_{port.kind}.{key}") if found is None else found
-                if buffer is not None and found is not None:
+            for key, buffer in port.state.history().items():
+                found = tensor(of_group(HISTORY, port.name, key))
+                found = tensor(f"{path}.{port.index}.{state_tensor(port.kind, key)}") if found is None else found
+                if found is not None:
                     buffer.copy_(found.to(buffer.dtype))
             port.state.calibrated = settings["calibrated"]
-    return model
+    return model, ports

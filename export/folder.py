@@ -114,7 +114,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return found
 
 
-def verify(directory: Path) -> None:
+def check_files(directory: Path) -> None:
     """Graph, weights and configuration are those that were written.
 
     Raises:

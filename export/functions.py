@@ -12,6 +12,9 @@ from onnx.defs import OpSchema
 from onnxscript import ir, opset23, script
 from onnxscript.values import Op, Opset
 
+from ..kernels.solve import SOLVE
+from .boundary import BOUNDARY
+
 DOMAIN = "pp_fx"
 VERSION = 1
 _BLOCK = 32
@@ -144,8 +147,8 @@ def _attention(
 
 TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.pp_fx.solve.default: _solve,
-    torch.ops.pp_fx.boundary.default: _boundary,
+    SOLVE: _solve,
+    BOUNDARY: _boundary,
 }
 """torch operator -> call of the ONNX operator."""
 

@@ -7,6 +7,7 @@ wrong in the layers it stands for. `repeat` puts the layers back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..block import ProbePrunedLayer
-from ..capture import find_layers
-from ..exported import LAYER
-from ..ops import boundary
-from .ports import HISTORY
+from ..capture.layers import find_layers
+from ..rewrite.layer import ProbePrunedLayer
+from ..runtime.names import LAYER
+from .boundary import boundary
+from .names import state_tensor
+from .ports import Port
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,14 @@ class Layers:
         for layer in layers:
             states = layer.states().values() if isinstance(layer, ProbePrunedLayer) else ()
             shapes = tuple((n, t.shape, t.dtype) for n, t in tensors_of(layer).items())
-            keys.append((type(layer), shapes, tuple((s.name, s.kept_units, s.mode, s.calibrated) for s in states)))
+            keys.append((type(layer), shapes, tuple((s.kind, s.kept_units, s.mode, s.calibrated) for s in states)))
         distinct = list(dict.fromkeys(keys))
         return cls(path, list(layers), [distinct.index(k) for k in keys], [keys.index(k) for k in distinct])
+
+    def representatives(self, ports: list[Port]) -> list[Port]:
+        """The ports of the representatives, whose index is their position in the model that is cut down."""
+        places = {index: position for position, index in enumerate(self.first)}
+        return [dataclasses.replace(port, index=places[port.index]) for port in ports if port.index in places]
 
     @contextlib.contextmanager
     def cut_down(self, model: nn.Module) -> Iterator[None]:
@@ -97,8 +104,8 @@ def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
     if isinstance(layer, ProbePrunedLayer):
         for kind, state in layer.states().items():
             if state.mode == "run":
-                for key in HISTORY:
-                    found.pop(f"pp_{kind}.{key}", None)
+                for key in state.history(learned=True):
+                    found.pop(state_tensor(kind, key), None)
     return found
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .._version import __version__
 from ..errors import ExportError, InputError
 
 SOURCES = Path(__file__).parent / "native"
@@ -42,7 +43,7 @@ def build_ort_ops(*, compiler: str | None = None, flags: tuple[str, ...] = ("-ma
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, library.name)
-        define = f'-DPP_FX_VERSION="{_version()}"'
+        define = f'-DPP_FX_VERSION="{__version__}"'
         command = [chosen, *_FLAGS, *flags, define, str(SOURCES / "ops.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -67,9 +68,9 @@ def check_library(path: str | Path) -> None:
     except (OSError, AttributeError) as error:
         raise ExportError(f"ops_library={str(path)!r} is no library of pp_fx operators ({error})") from None
     version.restype = ctypes.c_char_p
-    if (found := version().decode()) != _version():
+    if (found := version().decode()) != __version__:
         raise ExportError(
-            f"ops_library={str(path)!r} was built by pp_fx {found}, this is {_version()}; run pp-fx build-ort-ops"
+            f"ops_library={str(path)!r} was built by pp_fx {found}, this is {__version__}; run pp-fx build-ort-ops"
         )
 
 
@@ -86,7 +87,7 @@ def _compiler(asked: str | None) -> str:
 
 def _library() -> Path:
     """Named after everything that it depends on: a change builds another one."""
-    digest = hashlib.sha256(f"{_version()} {_processor()}".encode())
+    digest = hashlib.sha256(f"{__version__} {_processor()}".encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
     suffix = "dylib" if sys.platform == "darwin" else "so"
@@ -107,9 +108,3 @@ def _cache() -> Path:
     if own := os.environ.get("PP_FX_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pp_fx")
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

@@ -14,74 +14,31 @@ import onnxruntime
 import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..arguments import check_ids, check_integers
+from ..checks import check_ids, check_integers
 from ..errors import ExportError, InputError, StateError
-from .folder import MODEL, read_settings, verify
+from .folder import MODEL, check_files, read_settings
+from .names import (
+    COMPACT,
+    HISTORY,
+    INPUT_IDS,
+    KEEP_LOGITS,
+    LOGITS,
+    MASK,
+    MIN_SELECT,
+    PAST,
+    POSITIONS,
+    PRESENT,
+    input_of,
+    of_kind,
+    output_of,
+)
 from .native_ops import check_library, find_ort_ops
+from .ort_cache import OrtCache, ort_value
+from .providers import CPU, CUDA, check_provider
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ALWAYS, _NEVER = np.array(1, np.int64), np.array(np.iinfo(np.int64).max, np.int64)
-
-
-class OrtCache(Cache):
-    """Keys, values and the selection of one generation, in onnxruntime's memory.
-
-    Attributes:
-        past: input name -> OrtValue [B, kv heads, S, D].
-        compact: input name -> OrtValue, of the last call that selected.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.past: dict[str, Any] = {}
-        self.compact: dict[str, Any] = {}
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held."""
-        return next(iter(self.past.values())).shape()[2] if self.past else 0
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: no limit."""
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Samples in the order of `beam_idx` [B]; one selection serves all of them, so it stays."""
-        order = beam_idx.cpu().numpy()
-        self._map(lambda value: value[order])
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sample `repeats` times."""
-        self._map(lambda value: value.repeat(repeats, 0))
-
-    def crop(self, max_length: int) -> None:
-        """The first `max_length` tokens; a negative number drops so many."""
-        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        if length < self.get_seq_length():
-            self._map(lambda value: value[:, :, :length])
-        if length == 0:
-            self.reset()
-
-    def reset(self) -> None:
-        """Empty, without a selection."""
-        self.past, self.compact = {}, {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OrtCache:
-        """Shares the tensors, which nothing changes in place."""
-        copied = OrtCache()
-        copied.past, copied.compact = dict(self.past), dict(self.compact)
-        return copied
-
-    def _map(self, change: Any) -> None:
-        self.past = {name: _ort_value(np.ascontiguousarray(change(value.numpy()))) for name, value in self.past.items()}
 
 
 class OrtModel(GenerationMixin):
@@ -116,12 +73,12 @@ class OrtModel(GenerationMixin):
         self._inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         optional = {i.name for i in session.get_overridable_initializers()}
-        self._compact = [n for n in optional if n.startswith("pp_compact.")]
-        self._history = [n for n in optional if n.startswith("pp_history.")]
-        self._present = [n for n in outputs if n.startswith("present.")]
-        missing = {"input_ids", "attention_mask", "position_ids"} - set(self._inputs)
-        if missing or "logits" not in outputs:
-            raise ExportError(f"{MODEL} lacks {', '.join(sorted(missing)) or 'logits'}; export the model again")
+        self._compact = [n for n in optional if of_kind(n, COMPACT)]
+        self._history = [n for n in optional if of_kind(n, HISTORY)]
+        self._present = [n for n in outputs if of_kind(n, PRESENT)]
+        missing = {INPUT_IDS, MASK, POSITIONS} - set(self._inputs)
+        if missing or LOGITS not in outputs:
+            raise ExportError(f"{MODEL} lacks {', '.join(sorted(missing)) or LOGITS}; export the model again")
 
     @classmethod
     def from_pretrained(
@@ -157,7 +114,7 @@ class OrtModel(GenerationMixin):
         for name in providers:
             check_provider(name)
         directory = Path(directory)
-        verify(directory)
+        check_files(directory)
         options = onnxruntime.SessionOptions() if session_options is None else session_options
         options.log_severity_level = 3  # one warning for each optional input otherwise
         if threads is not None:
@@ -240,14 +197,12 @@ class OrtModel(GenerationMixin):
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         if selects is None:
             selects = before == 0 or length >= self.min_select_tokens
-        feeds = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids.expand(batch, -1)
-        }  # fmt: skip
+        feeds = {INPUT_IDS: input_ids, MASK: attention_mask, POSITIONS: position_ids.expand(batch, -1)}
         binding = self.session.io_binding()
         for name, tensor in feeds.items():
-            binding.bind_ortvalue_input(name, _ort_value(np.ascontiguousarray(tensor.cpu().numpy(), np.int64)))
-        binding.bind_ortvalue_input("num_logits_to_keep", _ort_value(np.array(logits_to_keep, np.int64)))
-        binding.bind_ortvalue_input("pp_min_select_tokens", _ort_value(_ALWAYS if selects else _NEVER))
+            binding.bind_ortvalue_input(name, ort_value(np.ascontiguousarray(tensor.cpu().numpy(), np.int64)))
+        binding.bind_ortvalue_input(KEEP_LOGITS, ort_value(np.array(logits_to_keep, np.int64)))
+        binding.bind_ortvalue_input(MIN_SELECT, ort_value(_ALWAYS if selects else _NEVER))
         for name, value in (cache.past or self._empty(batch)).items():
             binding.bind_ortvalue_input(name, value)
         reused = cache.compact if self.reuses else {}
@@ -255,24 +210,24 @@ class OrtModel(GenerationMixin):
             binding.bind_ortvalue_input(name, value)
         learns = selects and self.updates_history
         state = [*self._compact * selects, *self._history * learns]
-        wanted = ["logits", *self._present, *(n.replace("pp_", "present_", 1) for n in state)]
+        wanted = [LOGITS, *self._present, *map(output_of, state)]
         for name in wanted:
-            binding.bind_output(name, "cpu" if name == "logits" else self._memory)
+            binding.bind_output(name, "cpu" if name == LOGITS else self._memory)
         self.session.run_with_iobinding(binding)
         found = dict(zip(wanted, binding.get_outputs(), strict=True))
-        logits = torch.from_numpy(found["logits"].numpy()).float()
+        logits = torch.from_numpy(found[LOGITS].numpy()).float()
         if use_cache:
-            cache.past = {n.replace("present", "past_key_values"): found[n] for n in self._present}
+            cache.past = {input_of(n): found[n] for n in self._present}
             if selects:
-                cache.compact = {n: found[n.replace("pp_", "present_", 1)] for n in self._compact}
+                cache.compact = {n: found[output_of(n)] for n in self._compact}
         if learns:
-            self.history = {n: found[n.replace("pp_", "present_", 1)] for n in self._history}
+            self.history = {n: found[output_of(n)] for n in self._history}
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def _empty(self, batch: int) -> dict[str, Any]:
-        shapes = {n: i.shape for n, i in self._inputs.items() if _is_past(n)}
+        shapes = {n: i.shape for n, i in self._inputs.items() if of_kind(n, PAST)}
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        return {n: _ort_value(np.zeros((batch, s[1], 0, s[3]), types[self._inputs[n].type])) for n, s in shapes.items()}
+        return {n: ort_value(np.zeros((batch, s[1], 0, s[3]), types[self._inputs[n].type])) for n, s in shapes.items()}
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
@@ -291,23 +246,3 @@ class OrtModel(GenerationMixin):
     def _reorder_cache(self, past_key_values: OrtCache, beam_idx: Tensor) -> OrtCache:
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
-
-
-def check_provider(provider: str) -> None:
-    """Refuse a provider that this onnxruntime was not built with.
-
-    Raises:
-        InputError: it was not.
-    """
-    there = onnxruntime.get_available_providers()
-    if provider not in there:
-        gpu = "; pip install 'pp-fx[onnxruntime-gpu]' in place of onnxruntime brings CUDA's" if provider == CUDA else ""
-        raise InputError(f"provider={provider!r} is not in this onnxruntime; choose one of {', '.join(there)}{gpu}")
-
-
-def _is_past(name: str) -> bool:
-    return name.startswith("past_key_values.")
-
-
-def _ort_value(array: Any) -> Any:
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..block import output_weight
-from ..cache import Selection
-from ..compact import CompactLinear
-from ..exported import LAYER
-from ..transform import layers_of
-
-HISTORY = ("energy", "mean", "gram", "seen")
+from ..config import Kind
+from ..groups.group import Group
+from ..groups.projections import Projection
+from ..rewrite.layer import layers_of, output_weight
+from ..runtime.compact import CompactLinear
+from ..runtime.names import LAYER
+from ..runtime.selections import Selection
+from ..runtime.state import GroupState
+from .names import COMPACT, of_group
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Port:
     """
 
     index: int
-    kind: str
+    kind: Kind
     layer: Any
 
     @property
@@ -43,15 +45,15 @@ class Port:
         return f"{self.index}.{self.kind}"
 
     @property
-    def state(self) -> Any:
+    def state(self) -> GroupState:
         return self.layer.states()[self.kind]
 
     @property
-    def group(self) -> Any:
+    def group(self) -> Group:
         return self.layer.groups[self.kind]
 
     @property
-    def inputs(self) -> list[tuple[str, Any]]:
+    def inputs(self) -> list[tuple[str, Projection]]:
         """The input projections by label; parts of one fused layer are numbered."""
         labels = [part.label for part in self.group.inputs]
         numbered = [f"{name}{i}" if labels.count(name) > 1 else name for i, name in enumerate(labels)]
@@ -64,8 +66,7 @@ class Port:
 
     def history(self) -> dict[str, Tensor]:
         """The present history by name, fp32; empty where there is none or it is frozen."""
-        state = self.state
-        return {k: getattr(state, k) for k in HISTORY if getattr(state, k) is not None} if self.learns else {}
+        return self.state.history(learned=True) if self.learns else {}
 
     @contextlib.contextmanager
     def with_history(self, given: dict[str, Tensor]) -> Iterator[None]:
@@ -111,16 +112,10 @@ class Port:
 
     def selection(self, compact: dict[str, Tensor]) -> Selection:
         """Inverse of `compact`."""
-        kept = compact["kept"]
-        selection = Selection(kept, self.state.columns_of(kept), self.layer.__dict__[LAYER].version)
-        selection.compacts = selection.exports = True
-        selection.inputs_due = selection.output_due = selection.uncompensated = False
-        selection.inputs = []
-        for label, _ in self.inputs:
-            weight = self._rows(compact[label])
-            selection.inputs.append((CompactLinear(weight, compact.get(f"{label}_bias")), [weight.shape[0]]))
-        selection.output = CompactLinear(self._rows(compact["output"]).t(), compact["output_bias"])
-        return selection
+        kept, version = compact["kept"], self.layer.__dict__[LAYER].version
+        inputs = [CompactLinear(self._rows(compact[label]), compact.get(f"{label}_bias")) for label, _ in self.inputs]
+        output = CompactLinear(self._rows(compact["output"]).t(), compact["output_bias"])
+        return Selection.given(kept, self.state.columns_of(kept), version, inputs, output)
 
     def _units(self, rows: Tensor) -> Tensor:
         """[k * width, H] -> [k, width, H] of attention: the number of units is an axis of its own."""
@@ -152,7 +147,7 @@ def homes(path: str, ports: list[Port]) -> dict[str, str]:
     for port in ports:
         for label, part in port.inputs:
             if part.rows is None and not part.transposed:
-                found[f"{path}.{port.index}.{part.path}"] = f"pp_compact.{port.name}.{label}"
+                found[f"{path}.{port.index}.{part.path}"] = of_group(COMPACT, port.name, label)
         if not port.group.output.transposed:
-            found[f"{path}.{port.index}.{port.group.output.path}.T"] = f"pp_compact.{port.name}.output"
+            found[f"{path}.{port.index}.{port.group.output.path}.T"] = of_group(COMPACT, port.name, "output")
     return found

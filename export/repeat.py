@@ -8,6 +8,7 @@ from typing import Any
 from onnxscript import ir
 
 from .functions import DOMAIN
+from .names import position_of, rename
 
 Names = Callable[[str, int, int], str]
 
@@ -85,18 +86,6 @@ def _passed_on(value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
     """A value that all layers share, as one of its own: every output has a name."""
     nodes.append(ir.Node("", "Identity", [value]))
     return nodes[-1].outputs[0]
-
-
-def position_of(name: str | None) -> int | None:
-    """The representative or layer in a name: `past_key_values.1.key` -> 1."""
-    parts = str(name).split(".")
-    return int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else None
-
-
-def rename(name: str, old: int, new: int) -> str:
-    """The same name of another layer."""
-    prefix, _, rest = name.partition(f".{old}.")
-    return f"{prefix}.{new}.{rest}"
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:

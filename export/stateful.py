@@ -12,7 +12,7 @@ from pathlib import Path
 from onnxscript import ir
 
 from .folder import MODEL, STATEFUL
-from .merge import KEEP_LOGITS
+from .names import COMPACT, KEEP_LOGITS, of_kind
 
 
 def write_stateful(directory: Path) -> None:
@@ -22,10 +22,10 @@ def write_stateful(directory: Path) -> None:
     choice = next(node for node in graph if node.op_type == "If")
     selects = choice.attributes["then_branch"].value
     inside = {id(node) for node in ir.traversal.RecursiveGraphIterator(selects)}
-    compact = [v for v in graph.inputs if str(v.name).startswith("pp_compact.")]
+    compact = [v for v in graph.inputs if of_kind(v.name, COMPACT)]
     for value in compact:
         whole = ir.Value(
-            name=str(value.name).replace("pp_compact.", "pp_whole.", 1),
+            name=str(value.name).replace(COMPACT, "pp_whole", 1),
             type=value.type,
             shape=value.const_value.shape,  # type: ignore[union-attr]
             const_value=value.const_value,

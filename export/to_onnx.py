@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from onnxscript import ir
 
-from ..defaults import own_defaults
+from .._version import __version__
+from ..config import ProbePruningConfig
 from ..errors import ExportError, InputError, StateError
-from ..guard import guard_lifted
-from ..macs import count_macs
-from ..plan import INFO
-from ..transform import layers_of
-from .agreement import compare
+from ..measure.macs import count_macs
+from ..process_settings import own_defaults
+from ..rewrite.layer import layers_of, settings_of
+from ..runtime.modes import guard_lifted
+from ..runtime.names import LAYER
+from .agreement import compare_with_torch
 from .folder import DATA, MODEL, finish, prepare, write_configs
 from .functions import add_functions
 from .layers import Layers
-from .merge import Outside, merge
-from .ports import ports_of
+from .merge import merge
+from .outside import Outside
+from .ports import Port, ports_of
 from .stateful import write_stateful
 from .trace import key_value_shapes, trace_decode, trace_prefill
 
@@ -63,15 +66,15 @@ def onnx(
         ExportError: an optional package is missing, the configuration has no ONNX form, the trace fails, or
             onnxruntime gives other logits than torch. Nothing is left behind.
     """
-    config = _check(model, opset)
+    ports = _check(model, opset)
     partial = prepare(directory, overwrite)
     try:
-        graph = build(model, opset)
+        graph = build(model, ports, opset)
         ir.save(graph, partial / MODEL, external_data=DATA, size_threshold_bytes=_SMALL)
         write_stateful(partial)
-        write_configs(partial, model, tokenizer, _settings(model, config, opset))
+        write_configs(partial, model, tokenizer, _settings(model, ports, opset))
         if verify:
-            compare(partial, model).require()
+            compare_with_torch(partial, model, ports).require()
         finish(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,25 +82,24 @@ def onnx(
     return Path(directory)
 
 
-def build(model: Any, opset: int) -> ir.Model:
-    """The merged graph of a transformed model."""
-    layers, ports = Layers.of(model), ports_of(model)
-    config = ports[0].state.config
-    owner = next(m.__dict__[INFO].owner for m in model.modules() if INFO in m.__dict__)
+def build(model: Any, ports: list[Port], opset: int) -> ir.Model:
+    """The merged graph of a transformed model with these ports (`ports_of`)."""
+    layers, settings = Layers.of(model), settings_of(model)
+    owner = ports[0].layer.__dict__[LAYER].owner
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter's hints on packages that play no part here
     try:
         shapes = key_value_shapes(model)
         past = [shapes[i] for i in layers.first]
         with layers.cut_down(model):
-            traced = ports_of(model)
-            prefill = trace_prefill(model, traced, opset, past).model
+            traced = layers.representatives(ports)
+            prefill = trace_prefill(model, traced, settings, opset, past).model
             decode = trace_decode(model, traced, owner, opset, past).model
     except Exception as error:  # the exporter's exceptions share no base class
         raise ExportError(f"torch.onnx cannot trace this model ({_first_cause(error)})") from error
     finally:
         logging.disable(previous)
-    merged = merge(prefill, decode, Outside(model, layers, ports, config.min_select_tokens))
+    merged = merge(prefill, decode, Outside(model, layers, ports, settings.min_select_tokens))
     add_functions(merged)
     return merged
 
@@ -109,7 +111,8 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:2])}"
 
 
-def _check(model: Any, opset: int) -> Any:
+def _check(model: Any, opset: int) -> list[Port]:
+    """The model's ports."""
     layers_of(model)
     if model.get_output_embeddings() is None or not hasattr(model, "generation_config"):
         raise ExportError(f"model={type(model).__name__} has no LM head; export a causal language model")
@@ -133,17 +136,15 @@ def _check(model: Any, opset: int) -> Any:
     ports = ports_of(model)
     if not ports:
         raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")
-    config = ports[0].state.config
-    if config.reprobes:
+    if settings_of(model).reprobes:
         raise ExportError(
             "decode='probe' and drift_threshold have no ONNX form; transform with decode='sticky' or 'dense'"
         )
-    return config
+    return ports
 
 
-def _settings(model: Any, config: Any, opset: int) -> dict[str, Any]:
-    from .. import __version__
-
+def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
+    config: ProbePruningConfig = settings_of(model)
     with guard_lifted(layers_of(model)):  # a graph knows no machine
         macs = count_macs(model, 1, 512)
     card = {
@@ -160,7 +161,7 @@ def _settings(model: Any, config: Any, opset: int) -> dict[str, Any]:
         "opset": opset,
         "dtype": card["dtype"],
         "min_select_tokens": config.min_select_tokens,
-        "calibrated": bool(ports_of(model)[0].state.calibrated),
+        "calibrated": bool(ports[0].state.calibrated),
         "config": config.to_dict(),
         "card": card,
     }

@@ -14,11 +14,27 @@ from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..cache import put_selections, selections_on
-from ..history import history_frozen
-from ..transform import layers_of
+from ..config import ProbePruningConfig
+from ..rewrite.layer import layers_of
+from ..runtime.modes import history_frozen
+from ..runtime.selections import put_selections, selections_on
 from .functions import DOMAIN, TRANSLATIONS
 from .layers import detached, tensors_of, with_tensors
+from .names import (
+    COMPACT,
+    HISTORY,
+    INPUT_IDS,
+    LAYER,
+    LOGITS,
+    MASK,
+    PAST,
+    POSITIONS,
+    PRESENT,
+    PRESENT_COMPACT,
+    PRESENT_HISTORY,
+    key_values,
+    of_group,
+)
 from .ports import Port
 
 _TINY = 1e-6
@@ -95,14 +111,9 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: 
     return out.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def key_value_names(prefix: str, layers: int) -> list[str]:
-    """`past_key_values.0.key`, ... as the ecosystem's tools expect them."""
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
-
-
-def tensor_names(prefix: str, groups: dict[str, dict[str, Tensor]]) -> list[str]:
+def _tensor_names(kind: str, groups: dict[str, dict[str, Tensor]]) -> list[str]:
     """`pp_history.3.mlp.energy`, ..."""
-    return [f"{prefix}.{group}.{key}" for group, tensors in groups.items() for key in tensors]
+    return [of_group(kind, group, key) for group, tensors in groups.items() for key in tensors]
 
 
 def key_value_shapes(model: Any) -> list[tuple[torch.Size, torch.Size]]:
@@ -115,15 +126,17 @@ def key_value_shapes(model: Any) -> list[tuple[torch.Size, torch.Size]]:
     return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
 
 
-def trace_prefill(model: Any, ports: list[Port], opset: int, past: list[tuple[torch.Size, torch.Size]]) -> Any:
+def trace_prefill(
+    model: Any, ports: list[Port], settings: ProbePruningConfig, opset: int, past: list[tuple[torch.Size, torch.Size]]
+) -> Any:
     """torch.onnx program of the prefill phase. `past`: shapes of keys and values (`key_value_shapes`)."""
     history = {p.name: p.history() for p in ports if p.learns}
     compact = {p.name: p.dense() for p in ports}
-    outputs = [*tensor_names("present_history", history), *tensor_names("present_compact", compact)]
+    outputs = [*_tensor_names(PRESENT_HISTORY, history), *_tensor_names(PRESENT_COMPACT, compact)]
     # longer than `min_select_tokens`, so that the trace follows the long branch of whatever looks at the length
-    length = 8 + max((p.state.config.min_select_tokens for p in ports), default=32)
+    length = 8 + settings.min_select_tokens
     inputs = {"history": history}, {"history": {name: dict.fromkeys(group) for name, group in history.items()}}
-    names = tensor_names("pp_history", history), outputs
+    names = _tensor_names(HISTORY, history), outputs
     return _export(Prefill(model, ports), model, length, inputs, names, opset, past)
 
 
@@ -141,7 +154,7 @@ def trace_decode(
             if key.endswith("_bias") and key != "output_bias" and port.state.width > 1:
                 shapes[port.name][key] = {0: torch.export.Dim.DYNAMIC}
     inputs = {"compact": compact}, {"compact": shapes}
-    names: tuple[list[str], list[str]] = tensor_names("pp_compact", compact), []
+    names: tuple[list[str], list[str]] = _tensor_names(COMPACT, compact), []
     return _export(Decode(model, ports, owner), model, 3, inputs, names, opset, past)
 
 
@@ -178,8 +191,8 @@ def _export(
         "weights": [dict.fromkeys(tensors) for tensors in weights],
         **extra[1],
     }
-    standard = ["input_ids", "attention_mask", "position_ids", *key_value_names("past_key_values", layers)]
-    standard += [f"layer.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
+    standard = [INPUT_IDS, MASK, POSITIONS, *key_values(PAST, layers)]
+    standard += [f"{LAYER}.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
@@ -188,7 +201,7 @@ def _export(
             kwargs=given,
             dynamic_shapes=shapes,
             input_names=[*standard, *names[0]],
-            output_names=["logits", *key_value_names("present", layers), *names[1]],
+            output_names=[LOGITS, *key_values(PRESENT, layers), *names[1]],
             dynamo=True,
             opset_version=opset,
             custom_translation_table=TRANSLATIONS,

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from .. import history, runtime
-from ..groups import Group, Groups
+from ..errors import PassError
+from ..groups.group import Group, Groups
+from ..runtime import compensate, gather, history, model_calls, probe, select
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,22 @@ class BlockGraph:
     real_rows: fx.Node | None = None
     inverted_mask: bool = False
 
-    effects = frozenset({runtime.kv_update, runtime.call_module, history.update_history})
-    """Calls that do more than return a value: no pass may drop them."""
+    effects = frozenset(
+        {
+            model_calls.attention,  # gives its weights to who collects them
+            model_calls.kv_update,
+            model_calls.call_module,
+            probe.probe_source,
+            select.choose_units,
+            gather.rows_ahead,
+            gather.gather_rows,
+            gather.gather_columns,
+            compensate.compensate,
+            history.update_history,
+        }
+    )
+    """Calls that do more than return a value (they write to the KV cache, what lies on it, or the history): no pass may
+    drop them, or take one for another that is equal."""
 
     def drop_unused(self) -> None:
         """Remove nodes without users, apart from the layer's arguments and calls with side effects."""
@@ -76,9 +91,9 @@ class BlockGraph:
         """The placeholder of one of the layer's arguments, or None."""
         return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
 
-    def call(self, function: Any, args: tuple, name: str, like: fx.Node | None = None) -> fx.Node:
+    def call(self, function: Any, args: tuple, name: str, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """Insert a named call; `like` lends its fake tensor."""
-        node = self.graph.create_node("call_function", function, args, {}, name=name)
+        node = self.graph.create_node("call_function", function, args, kwargs, name=name)
         if like is not None and "val" in like.meta:
             node.meta["val"] = like.meta["val"]
         return node
@@ -93,23 +108,34 @@ class PassResult:
 
 
 class Pass(ABC):
-    """One step. `requires` names roles that earlier passes must have inserted."""
+    """One step. `requires` names roles that earlier passes must have inserted, `ensures` those that it inserts."""
 
     requires: tuple[str, ...] = ()
+    ensures: tuple[str, ...] = ()
 
     @abstractmethod
     def call(self, block: BlockGraph) -> PassResult:
         """Change `block` in place."""
 
     def __call__(self, block: BlockGraph) -> PassResult:
-        for inserted in block.inserted:
-            missing = [r for r in self.requires if r not in inserted.nodes]
-            if missing:
-                raise RuntimeError(f"{type(self).__name__} needs {', '.join(missing)}: run the passes in order")
+        """Run the pass between its conditions; the graph is sorted and linted.
+
+        Raises:
+            PassError: a role is missing before or after.
+        """
+        _check_roles(block, self.requires, f"{type(self).__name__} needs", "run the passes in order")
         result = self.call(block)
         block.sort()
         block.graph.lint()
+        _check_roles(block, self.ensures, f"{type(self).__name__} did not insert", "mend the pass")
         return result
+
+
+def _check_roles(block: BlockGraph, roles: tuple[str, ...], what: str, remedy: str) -> None:
+    for inserted in block.inserted:
+        missing = [role for role in roles if role not in inserted.nodes]
+        if missing:
+            raise PassError(f"{what} {', '.join(missing)} of {inserted.group.kind}; {remedy}")
 
 
 class PassManager:
@@ -122,10 +148,15 @@ class PassManager:
         self.passes = passes
 
     def __call__(self, block: BlockGraph) -> dict[str, PassResult]:
-        results = {}
+        """Run them all; what one raises says in a note which pass it was and which ran before it."""
+        results: dict[str, PassResult] = {}
         for step in self.passes:
             name = type(step).__name__
-            results[name] = step(block)
+            try:
+                results[name] = step(block)
+            except Exception as error:
+                error.add_note(f"in the graph pass {name}, after {', '.join(results) or 'none'}")
+                raise
             logger.info("%s: %d matches", name, results[name].matches)
             logger.debug("after %s:\n%s", name, block.graph)
         return results

@@ -1,3 +1,5 @@
+"""Remove what no longer has a use."""
+
 from __future__ import annotations
 
 from .base import BlockGraph, Pass, PassResult

@@ -1,6 +1,8 @@
+"""Find what may be pruned."""
+
 from __future__ import annotations
 
-from ..find_groups import find_groups
+from ..groups.find import find_groups
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 

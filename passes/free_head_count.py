@@ -1,10 +1,12 @@
+"""Let a layer's reshapes work for any number of query heads."""
+
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from .. import runtime
-from ..dataflow import ATTENTION_CORES, cone, shape
+from ..groups.dataflow import ATTENTION_CORES, cone, shape
+from ..runtime import model_calls
 from .base import BlockGraph, Pass, PassResult
 
 aten = torch.ops.aten
@@ -16,14 +18,14 @@ class FreeHeadCount(Pass):
 
     That is on the way to the attention core's query, or, in a layer that writes its attention out, between the linear
     layers and the output projection. The result is the same for all heads, and it is right for some of them too.
-    Whether the heads are separable is proved later (`find_groups`).
+    Whether the heads are separable is proved later (`pp_fx.groups.prove`).
     """
 
     def call(self, block: BlockGraph) -> PassResult:
         graph = block.graph
         sizes = {str(n.meta["val"]): n for n in graph.nodes if n.target is aten.sym_size.int and "val" in n.meta}
         linears = {n for n in graph.nodes if n.target is aten.linear.default}
-        caches = [n for n in graph.nodes if n.target is runtime.kv_update]
+        caches = [n for n in graph.nodes if n.target is model_calls.kv_update]
         cores = [n for n in graph.nodes if n.target in ATTENTION_CORES]
         matches = 0
         for core in cores:

@@ -1,3 +1,5 @@
+"""Run only the kept rows, columns and heads."""
+
 from __future__ import annotations
 
 import operator
@@ -6,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import gather, probe, runtime, selection
-from ..dataflow import shape
-from ..groups import AttentionGroup, Group, MlpGroup
-from ..projections import Projection, head_axis
+from ..groups.dataflow import shape
+from ..groups.group import AttentionGroup, Group, MlpGroup
+from ..groups.projections import Projection, head_axis
+from ..runtime import gather, model_calls, probe
+from ..runtime.names import rows_name, state_name
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 aten = torch.ops.aten
@@ -19,6 +22,7 @@ class GatherChannels(Pass):
     """Projections of a group run only the kept rows (inputs) or columns (output); attention only the kept heads."""
 
     requires = ("state", "kept")
+    ensures = ("branch_state", "output")
 
     def call(self, block: BlockGraph) -> PassResult:
         matches = 0
@@ -50,7 +54,7 @@ class GatherChannels(Pass):
             ahead = None
             if group.whole and inserted.whole_keys:  # the selection waits for keys and values out of the same layer
                 args = (inserted.nodes["state"], block.plan, *linears_args)
-                ahead = block.call(selection.rows_ahead, args, inserted.name("inputs_ahead"))
+                ahead = block.call(gather.rows_ahead, args, inserted.name("inputs_ahead"))
             args = (inserted.nodes["kept"], *linears_args, ahead)
             together = block.call(gather.gather_rows, args, inserted.name("inputs_kept"))
             for position, part in enumerate(parts):
@@ -68,7 +72,7 @@ class GatherChannels(Pass):
         """Of a part of a fused weight: its range, or the buffer that lists its rows."""
         if part.rows is None or part.range is not None:
             return part.range
-        return block.graph.get_attr(f"pp_{inserted.group.kind}.rows_{position}")
+        return block.graph.get_attr(f"{state_name(inserted.group.kind)}.{rows_name(position)}")
 
     @staticmethod
     def _shaped(block: BlockGraph, group: Group, part: Projection, flat: fx.Node) -> fx.Node:
@@ -100,7 +104,7 @@ class GatherChannels(Pass):
     def _core(self, block: BlockGraph, inserted: GroupNodes, core: fx.Node) -> None:
         with block.graph.inserting_before(core):
             args = (inserted.nodes["state"], inserted.nodes["kept"], *core.args)
-            new = block.call(runtime.pruned_attention, args, "attention_kept_heads", core)
+            new = block.call(model_calls.pruned_attention, args, "attention_kept_heads", core)
             new.kwargs = core.kwargs
         core.replace_all_uses_with(new)
         block.graph.erase_node(core)
@@ -111,7 +115,7 @@ class GatherChannels(Pass):
         with block.graph.inserting_before(old):
             # not group.state: the steps above may have replaced that node
             nodes["branch_state"] = old.args[0]  # type: ignore[assignment]
-            args = (nodes["kept"], old.args[0], projection.weight, projection.bias, None)
+            args = (nodes["kept"], old.args[0], projection.weight, projection.bias)
             nodes["output"] = block.call(gather.gather_columns, args, f"{projection.label}_kept", old)
         old.replace_all_uses_with(nodes["output"])
         block.graph.erase_node(old)

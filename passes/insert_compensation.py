@@ -1,6 +1,8 @@
+"""Let something stand in for what is dropped."""
+
 from __future__ import annotations
 
-from .. import selection
+from ..runtime import compensate
 from .base import BlockGraph, Pass, PassResult
 
 
@@ -8,13 +10,14 @@ class InsertCompensation(Pass):
     """What stands in for the dropped units joins the output projection."""
 
     requires = ("kept", "output")
+    ensures = ("compensation",)
 
     def call(self, block: BlockGraph) -> PassResult:
         for inserted in block.inserted:
             nodes, output = inserted.nodes, inserted.nodes["output"]
             with block.graph.inserting_before(output):
                 vector = block.call(
-                    selection.compensate,
+                    compensate.compensate,
                     (
                         nodes["state"],
                         nodes["kept"],
@@ -25,5 +28,6 @@ class InsertCompensation(Pass):
                     ),
                     inserted.name("compensation"),
                 )
-            output.args = (*output.args[:-1], vector)
+            output.kwargs = {"compensation": vector}
+            nodes["compensation"] = vector
         return PassResult(len(block.inserted))

@@ -1,6 +1,8 @@
+"""Remember what ran."""
+
 from __future__ import annotations
 
-from .. import history
+from ..runtime import history
 from .base import BlockGraph, Pass, PassResult
 
 
@@ -8,22 +10,22 @@ class InsertHistory(Pass):
     """Update the running statistics from what ran, after the output projection."""
 
     requires = ("kept", "branch_state")
+    ensures = ("history",)
 
     def call(self, block: BlockGraph) -> PassResult:
         for inserted in block.inserted:
             nodes = inserted.nodes
             with block.graph.inserting_after(nodes["output"]):
-                args = (
-                    nodes["state"],
-                    nodes["branch_state"],
-                    nodes["kept"],
-                    block.real_rows,
-                    nodes["probe_state"],
-                    nodes["rows"],
-                    inserted.gram,
-                    inserted.group.residual,
-                    inserted.group.output.weight,
-                    block.plan,
+                nodes["history"] = block.call(
+                    history.update_history,
+                    (nodes["state"], nodes["branch_state"], nodes["kept"]),
+                    inserted.name("history"),
+                    real=block.real_rows,
+                    probe=nodes["probe_state"],
+                    rows=nodes["rows"],
+                    gram=inserted.gram,
+                    residual=inserted.group.residual,
+                    weight=inserted.group.output.weight,
+                    plan=block.plan,
                 )
-                nodes["history"] = block.call(history.update_history, args, inserted.name("history"))
         return PassResult(len(block.inserted))

@@ -1,6 +1,8 @@
+"""Decide: score and top-k."""
+
 from __future__ import annotations
 
-from .. import gram, selection
+from ..runtime import head_gram, select
 from .base import BlockGraph, Pass, PassResult
 
 
@@ -8,6 +10,7 @@ class InsertSelection(Pass):
     """Score of every unit from probe and history, then the kept units (or those that the KV cache carries)."""
 
     requires = ("state", "rows", "probe_state")
+    ensures = ("score", "kept")
 
     def call(self, block: BlockGraph) -> PassResult:
         for inserted in block.inserted:
@@ -22,12 +25,14 @@ class InsertSelection(Pass):
                     weight,
                     block.plan,
                 )
-                found = block.call(gram.probe_gram, args, inserted.name("gram")) if group.kind == "attention" else None
+                found = (
+                    block.call(head_gram.probe_gram, args, inserted.name("gram")) if group.kind == "attention" else None
+                )
                 inserted.gram = found
             with block.graph.inserting_after(found or nodes["probe_state"]):
                 args = (nodes["state"], nodes["probe_state"], nodes["rows"], found, block.plan)
-                nodes["score"] = block.call(selection.unit_scores, args, inserted.name("score"))
+                nodes["score"] = block.call(select.unit_scores, args, inserted.name("score"))
             with block.graph.inserting_after(nodes["score"]):
                 chosen = (nodes["state"], nodes["score"], block.plan, block.layer)
-                nodes["kept"] = block.call(selection.choose_units, chosen, inserted.name("kept"))
+                nodes["kept"] = block.call(select.choose_units, chosen, inserted.name("kept"))
         return PassResult(len(block.inserted))

@@ -1,9 +1,11 @@
+"""One form for every linear layer."""
+
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from ..dataflow import is_parameter, shape
+from ..groups.dataflow import is_parameter, shape
 from .base import BlockGraph, Pass, PassResult
 
 aten = torch.ops.aten

@@ -1,18 +1,27 @@
-"""Probe Pruning for transformers models, as torch.fx graph passes (arXiv 2502.15618)."""
+"""Probe Pruning for transformers models, as torch.fx graph passes (arXiv 2502.15618).
+
+The rooms, lower ones first; none imports a higher one (docs/architecture.md):
+
+`kernels` < `methods` < `config` < `runtime` < `capture`, `groups` < `passes` < `rewrite` < `calibration` <
+`measure`, `integrations` < `export` < `cli`
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import errors, requirements  # noqa: F401  (checked before the imports below use them)
-from .allocate import allocate
-from .calibrate import calibrate
-from .compare import compare
+from ._version import __version__ as __version__
+from .calibration.calibrate import calibrate
 from .config import ProbeConfig, ProbePruningConfig
-from .explain import explain
-from .hf_quantizer import ProbePruningHfConfig, register
-from .history import history_frozen
-from .report import report
-from .transform import is_transformed, restore, transform
+from .integrations import register
+from .integrations.hf_config import ProbePruningHfConfig
+from .measure.allocate import allocate
+from .measure.compare import compare
+from .measure.explain import explain
+from .measure.report import report
+from .rewrite.layer import is_transformed
+from .rewrite.transform import restore, transform
+from .runtime.modes import history_frozen
 
 if TYPE_CHECKING:
     from . import export
@@ -33,7 +42,6 @@ __all__ = [
     "restore",
     "transform",
 ]
-__version__ = "0.1.0"
 register()
 
 

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
+from .checks import check_choice, check_flag, check_integers, check_number
 from .devices import defaults
 from .errors import ConfigError
+from .methods import COMPENSATIONS, METHODS, SCORES, Method
+from .methods.compensations import CompensationName
 
 VERSION = 1
 LARGEST_RATIO = 0.95
 """Largest share of a layer that may be dropped."""
-_HISTORY_KINDS = ("channel", "position", None)
-_DECODE = ("sticky", "dense", "probe")
-_FIRST_POSITION = ("always", "few", "never")
-_PROBE_ATTENTION = ("queries", "rows")
+HistoryKind = Literal["channel", "position"]
+DecodeMode = Literal["sticky", "dense", "probe"]
+FirstPosition = Literal["always", "few", "never"]
+ProbeAttention = Literal["queries", "rows"]
+Kind = Literal["mlp", "attention"]
+"""Of a group: the channels of an MLP, or the query heads of an attention."""
 
 
-def _number(name: str, value: Any, low: float, high: float, *, high_open: bool = False) -> None:
-    interval = f"[{low}, {high}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} is not a finite number; give a number in {interval}")
-    if value < low or value > high or (high_open and value == high):
-        raise ConfigError(f"{name}={value!r} is out of range; give a number in {interval}")
-
-
-def _integer(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}={value!r} is not valid; give an integer >= {low}")
-
-
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+_integers = functools.partial(check_integers, error=ConfigError)
+_number = functools.partial(check_number, error=ConfigError)
+_choice = functools.partial(check_choice, error=ConfigError)
+_flag = functools.partial(check_flag, error=ConfigError)
 
 
 def _ratio(name: str, value: Any) -> None:
@@ -46,11 +40,6 @@ def _ratio(name: str, value: Any) -> None:
         raise ConfigError(f"{name}=() names no layer; give one ratio for each layer, or a number")
     for index, one in enumerate(value):
         _number(f"{name}[{index}]", one, 0, LARGEST_RATIO)
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is not a boolean; give True or False")
 
 
 @dataclass(frozen=True)
@@ -77,15 +66,15 @@ class ProbeConfig:
     token_fraction: float = 0.025
     sample_fraction: float = 1.0
     min_positions: int = 2
-    first_position: str = "always"
-    attention: str = "queries"
+    first_position: FirstPosition = "always"
+    attention: ProbeAttention = "queries"
 
     def __post_init__(self) -> None:
         for name in ("token_fraction", "sample_fraction"):
             _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
-        _integer("probe.min_positions", self.min_positions, 1)
-        _choice("probe.first_position", self.first_position, _FIRST_POSITION)
-        _choice("probe.attention", self.attention, _PROBE_ATTENTION)
+        _integers(1, **{"probe.min_positions": self.min_positions})
+        _choice("probe.first_position", self.first_position, get_args(FirstPosition))
+        _choice("probe.attention", self.attention, get_args(ProbeAttention))
 
     def positions(self, length: int) -> int:
         """T', the number of probe positions for sequences of `length` tokens (same rule as the graphs use)."""
@@ -99,6 +88,14 @@ class ProbeConfig:
 def ceil_share(total: Any, fraction: float) -> Any:
     """ceil(fraction * total) in integer arithmetic, so that a symbolic `total` stays symbolic (torch.compile)."""
     return (total * round(fraction * 1_000_000) + 999_999) // 1_000_000
+
+
+class Branch(NamedTuple):
+    """The fields of `ProbePruningConfig` that the two kinds of groups have each."""
+
+    ratio: float | tuple[float, ...]
+    score: str
+    compensation: CompensationName | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class ProbePruningConfig:
             "magnitude" or "random".
         attention_score: of a head: "joint" (the output error of all dropped heads together), a name of `score`, or
             None: the same as `score`.
-        mlp_compensation: what stands in for the dropped channels, by its name in `pp_fx.compensation`: "mean",
+        mlp_compensation: what stands in for the dropped channels, by its name in `pp_fx.methods.compensations`: "mean",
             "least_squares" or None.
         attention_compensation: likewise for the dropped heads.
         compensation_mix: share of the history (against the probe) in the moments that a compensation uses, in [0, 1].
@@ -164,7 +161,7 @@ class ProbePruningConfig:
     round_to: int | None = None
     ratio_digits: int | None = None
     probe: ProbeConfig | None = field(default_factory=ProbeConfig)
-    history: str | None = "channel"
+    history: HistoryKind | None = "channel"
     history_length: int = 512
     history_rows: int = 256
     momentum: float = 0.99
@@ -172,15 +169,15 @@ class ProbePruningConfig:
     fusion_epsilon: float = 0.0
     score: str = "ppsp"
     attention_score: str | None = "joint"
-    mlp_compensation: str | None = "least_squares"
-    attention_compensation: str | None = "mean"
+    mlp_compensation: CompensationName | None = "least_squares"
+    attention_compensation: CompensationName | None = "mean"
     compensation_mix: float = 0.5
     compensation_rank: int = 64
     compensation_rows: int = 256
     compensation_ridge: float = 0.1
     compensation_min_tokens: int | None = None
     min_select_tokens: int = 32
-    decode: str = "sticky"
+    decode: DecodeMode = "sticky"
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
@@ -189,20 +186,17 @@ class ProbePruningConfig:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        from .compensation import COMPENSATIONS
-        from .methods import SCORES
-
         _ratio("mlp_ratio", self.mlp_ratio)
         _ratio("attention_ratio", self.attention_ratio)
-        _integer("skip_layers", self.skip_layers, 0)
+        _integers(0, skip_layers=self.skip_layers)
         for name in ("round_to", "ratio_digits", "compensation_min_tokens"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                _integers(1, **{name: getattr(self, name)})
         if not isinstance(self.probe, ProbeConfig | None):
             raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
-        _choice("history", self.history, _HISTORY_KINDS)
-        _integer("history_length", self.history_length, 1)
-        _integer("history_rows", self.history_rows, 1)
+        _choice("history", self.history, (*get_args(HistoryKind), None))
+        _integers(1, history_length=self.history_length)
+        _integers(1, history_rows=self.history_rows)
         _number("momentum", self.momentum, 0, 1)
         _flag("freeze_history", self.freeze_history)
         _number("fusion_epsilon", self.fusion_epsilon, 0, 1)
@@ -212,11 +206,11 @@ class ProbePruningConfig:
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)
         for name in ("compensation_rank", "compensation_rows"):
-            _integer(name, getattr(self, name), 1)
+            _integers(1, **{name: getattr(self, name)})
         _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
-        _integer("min_select_tokens", self.min_select_tokens, 1)
-        _choice("decode", self.decode, _DECODE)
-        _integer("reprobe_every", self.reprobe_every, 1)
+        _integers(1, min_select_tokens=self.min_select_tokens)
+        _choice("decode", self.decode, get_args(DecodeMode))
+        _integers(1, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:
             _number("drift_threshold", self.drift_threshold, 0, 1)
             if self.decode != "sticky":
@@ -225,7 +219,7 @@ class ProbePruningConfig:
                     "or choose decode='sticky'"
                 )
         _flag("guard", self.guard)
-        _integer("kernel_rows", self.kernel_rows, 0)
+        _integers(0, kernel_rows=self.kernel_rows)
         if self.compact_megabytes is not None:
             _number("compact_megabytes", self.compact_megabytes, 0, math.inf)
         if self.reprobes and self.history == "position":
@@ -254,10 +248,26 @@ class ProbePruningConfig:
             attention_ratio: share of attention heads.
             **changes: any other field, for example `round_to=1`.
         """
-        from .methods import METHODS
-
         heads = ratio if attention_ratio is None else attention_ratio
-        return METHODS["paper"].config(ratio, heads, **{"round_to": 64, **changes})
+        return cls.preset("paper", ratio, heads, **{"round_to": 64, **changes})
+
+    @classmethod
+    def preset(
+        cls, name: str, mlp_ratio: float = 0.4, attention_ratio: float = 0.0, **changes: Any
+    ) -> ProbePruningConfig:
+        """The settings of a pruning method.
+
+        Args:
+            name: of `pp_fx.methods.METHODS`: "default", "paper", "wanda_sp", "flap", ..
+            mlp_ratio, attention_ratio: as above. A method with a planner (flap) spreads them over the layers where it
+                plans (`pp_fx.compare`); as it stands here all layers share them.
+            **changes: any other field.
+
+        Raises:
+            ConfigError: an unknown name, or a field is unknown or invalid.
+        """
+        _choice("preset", name, METHODS)
+        return METHODS[name].config(mlp_ratio, attention_ratio, **changes)
 
     def layer_ratios(self, name: str, layers: int) -> list[float]:
         """The ratio that each layer carries.
@@ -299,6 +309,12 @@ class ProbePruningConfig:
         """
         open_ = {name: value for name, value in defaults(device)._asdict().items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_) if open_ else self
+
+    def branch(self, kind: Kind) -> Branch:
+        """What holds for the groups of one kind."""
+        if kind == "mlp":
+            return Branch(self.mlp_ratio, self.score, self.mlp_compensation)
+        return Branch(self.attention_ratio, self.attention_score or self.score, self.attention_compensation)
 
     @property
     def reprobes(self) -> bool:
@@ -342,6 +358,9 @@ class ProbePruningConfig:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the configuration is not JSON ({error}); see ProbePruningConfig().to_json()") from None
         return cls.from_dict(data)
+
+
+Method.configure = ProbePruningConfig.from_dict
 
 
 def as_config(config: Any) -> ProbePruningConfig:

@@ -25,6 +25,10 @@ class CaptureError(UnsupportedModelError):
     """A decoder layer does something that the captured graph cannot represent."""
 
 
+class PassError(PpFxError, RuntimeError):
+    """Graph passes were run in another order than they stand on each other, or one of them has a fault."""
+
+
 class InputError(PpFxError, ValueError):
     """Data given to calibration, evaluation or the command line cannot be used."""
 

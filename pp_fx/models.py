@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .errors import InputError, PpFxError
-from .hf_quantizer import ProbePruningHfConfig, saved_settings
+from .integrations.hf_config import ProbePruningHfConfig, saved_settings
 
 EMBEDDED = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

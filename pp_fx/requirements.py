@@ -1,9 +1,11 @@
 """The versions that pp_fx needs, checked when this module is imported: first of all."""
 
+import platform
 from importlib import metadata
 
 from packaging.version import parse
 
+from ._version import __version__
 from .errors import RequirementError
 
 LEAST = {"torch": "2.11", "transformers": "5.17"}
@@ -18,6 +20,16 @@ def check_requirements() -> None:
         found = metadata.version(name)
         if parse(found).release < parse(least).release:
             raise RequirementError(f'{name} {found} is too old for pp_fx; run pip install -U "{name}>={least}"')
+
+
+def versions() -> dict[str, str]:
+    """The versions that figures depend on, by package."""
+    return {
+        "pp_fx": __version__,
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 check_requirements()

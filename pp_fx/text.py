@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_integers
+from .checks import check_integers
 from .errors import InputError
 
 PYTHON_DOCS = "python-docs"

@@ -27,8 +27,8 @@ from soak import VOCABULARY, tiny
 from transformers import AutoModelForCausalLM
 
 import pp_fx
+from pp_fx.calibration.history_file import HISTORY_FILE
 from pp_fx.errors import PpFxError
-from pp_fx.saving import HISTORY
 
 RESULTS = Path(__file__).parent / "results" / "artifacts.json"
 NUMBERS: tuple[Any, ...] = (-1, 0, 10**30, -(10**9), 1e308, "1", None, [], {}, True)
@@ -89,7 +89,7 @@ def attempt(whole: Path, load: Callable[[Path], Any], expected: torch.Tensor, so
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "copy")
         shutil.copytree(whole, folder)
-        files = [MODEL, STATEFUL, DATA, SETTINGS, "config.json"] if load is exported_folder else [HISTORY]
+        files = [MODEL, STATEFUL, DATA, SETTINGS, "config.json"] if load is exported_folder else [HISTORY_FILE]
         file = source.choice([*files, "a setting"])
         damage = change_setting if file == "a setting" else source.choice(DAMAGES)
         path = folder / (file if file != "a setting" else SETTINGS if load is exported_folder else "config.json")

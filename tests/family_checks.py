@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 import pp_fx
 from pp_fx.cache import selections_on
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 from .families import VOCABULARY, build
 from .zeroed import PRUNED, assert_equals_zeroed, left_padded, output_projection, transformed, zero_channels

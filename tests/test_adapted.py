@@ -7,7 +7,7 @@ import torch
 
 import pp_fx
 from pp_fx.errors import UnsupportedModelError
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 from .conftest import tiny_llama
 from .zeroed import PRUNED, transformed

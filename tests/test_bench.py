@@ -9,7 +9,7 @@ import torch
 import pp_fx
 from pp_fx.bench import bench
 from pp_fx.errors import InputError
-from pp_fx.macs import block_bytes, key_value_bytes
+from pp_fx.measure.bytes import block_bytes, key_value_bytes
 
 from .test_cli import folder, run  # noqa: F401
 

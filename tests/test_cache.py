@@ -9,10 +9,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import pp_fx
-from pp_fx import compact
 from pp_fx.cache import compact_bytes, forget, selections_on
-from pp_fx.compact import rows_of
 from pp_fx.errors import StateError
+from pp_fx.kernels import packed_linear
+from pp_fx.runtime.compact import rows_of
+from pp_fx.runtime.names import LAYER
 
 from .conftest import tiny_llama
 
@@ -154,8 +155,8 @@ def test_one_compiled_token_on_a_reset_static_cache_raises_with_the_remedy(model
 def test_a_deep_copy_goes_its_own_way(model, ids, packed, monkeypatch):
     """It shares packed weights, which nothing writes to."""
     if not packed:
-        monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
-    elif torch.float32 not in compact.PACKED_DTYPES:
+        monkeypatch.setattr(packed_linear, "PACKED_DTYPES", frozenset())
+    elif torch.float32 not in packed_linear.PACKED_DTYPES:
         pytest.skip("oneDNN packs nothing here")
     cache = make("dynamic", model)
     call(model, ids, cache)
@@ -258,8 +259,8 @@ def test_inference_mode_and_autocast_give_the_same_result(model, ids):
         call(model, ids, cache)
     assert torch.equal(call(model, ids[:, :1], cache), expected[:, 1:2])  # prompt inside, decoding outside
     for layer in model.model.layers:  # the prompt is shorter than what takes least squares by default
-        for state in layer.states().values():
-            state.config = dataclasses.replace(state.config, compensation_min_tokens=1)
+        info = layer.__dict__[LAYER]
+        info.settings = dataclasses.replace(info.settings, compensation_min_tokens=1)
     expected, _ = decode(model, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, cache = decode(model, ids)

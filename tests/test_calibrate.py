@@ -2,10 +2,10 @@ import pytest
 import torch
 
 import pp_fx
-from pp_fx.arguments import learned_positions
+from pp_fx.checks import learned_positions
 from pp_fx.errors import InputError, StateError
 from pp_fx.evaluate import evaluate
-from pp_fx.state import states_of
+from pp_fx.runtime.state import states_of
 
 from .families import build
 from .zeroed import transformed

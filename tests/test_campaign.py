@@ -17,8 +17,8 @@ from transformers import DynamicCache, StaticCache
 
 import pp_fx
 from pp_fx.cache import selections_on
-from pp_fx.compensation import Compensation
-from pp_fx.transform import layers_of
+from pp_fx.methods import Compensation
+from pp_fx.rewrite.layer import layers_of
 
 from .families import FAMILIES, VOCABULARY, build
 from .zeroed import transformed, zero_channels

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pp_fx import compact
-from pp_fx.compact import PACKED_DTYPES, CompactLinear, compact_linear, rows_of, store
+from pp_fx.kernels import packed_linear
+from pp_fx.kernels.packed_linear import PACKED_DTYPES
+from pp_fx.runtime.compact import CompactLinear, compact_linear, make_compact, rows_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 packs = pytest.mark.skipif(torch.float32 not in PACKED_DTYPES, reason="no oneDNN")
@@ -37,7 +38,7 @@ def assert_product(got, x, weight, bias):
 def test_products_are_those_of_torch(shape, dtype, biased, out, width):
     weight, bias = layer(dtype, out, width, biased)
     x = torch.randn(*shape, width).to(dtype)
-    assert_product(compact_linear(x, store(weight, bias)), x, weight, bias)
+    assert_product(compact_linear(x, make_compact(weight, bias)), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +51,7 @@ def test_compiled_steps_store_and_read(dtype, rows, backend):
 
     def step(x):
         if not held:
-            held.append(store(weight + 0, bias))
+            held.append(make_compact(weight + 0, bias))
         return compact_linear(x, held[0])
 
     compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=False)
@@ -62,7 +63,7 @@ def test_compiled_steps_store_and_read(dtype, rows, backend):
 
 def test_the_input_may_be_a_view():
     weight, _ = layer(torch.bfloat16)
-    x, linear = torch.randn(1, 1, 120, dtype=torch.bfloat16), store(weight, None)
+    x, linear = torch.randn(1, 1, 120, dtype=torch.bfloat16), make_compact(weight, None)
     for run in (compact_linear, torch.compile(compact_linear, backend="aot_eager")):
         assert_product(run(x.split(40, -1)[1], linear), x[..., 40:80], weight, None)
     torch._dynamo.reset()
@@ -75,7 +76,7 @@ def test_a_batch_size_left_open_stays_open():
         graphs.append(graph)
         return graph
 
-    linear = store(*layer(torch.bfloat16))
+    linear = make_compact(*layer(torch.bfloat16))
     compiled = torch.compile(compact_linear, backend=backend, fullgraph=True)
     for rows in (3, 4, 7, 2):
         x = torch.randn(rows, 1, 40, dtype=torch.bfloat16)
@@ -88,12 +89,12 @@ def test_a_batch_size_left_open_stays_open():
 @packs
 def test_packed_is_opaque_and_comes_back(monkeypatch):
     weight, bias = layer()
-    packed = store(weight.t().contiguous().t(), bias)
+    packed = make_compact(weight.t().contiguous().t(), bias)
     assert packed.packed
     assert packed.weight.layout == torch._mkldnn
     assert torch.equal(rows_of(packed), weight)
-    monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
-    rows = store(weight.t().contiguous().t(), bias)
+    monkeypatch.setattr(packed_linear, "PACKED_DTYPES", frozenset())
+    rows = make_compact(weight.t().contiguous().t(), bias)
     assert torch.equal(rows_of(rows), weight)
     assert not rows.packed
 
@@ -102,17 +103,17 @@ def test_packed_is_opaque_and_comes_back(monkeypatch):
 def test_gradients_pass_through_a_packed_weight():
     weight, _ = layer()
     x = torch.randn(2, 1, 40, requires_grad=True)
-    compact_linear(x, store(weight, None)).sum().backward()
+    compact_linear(x, make_compact(weight, None)).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(2, 1, 40))
     weight.requires_grad_()
-    assert store(weight, None) == CompactLinear(weight, None)
+    assert make_compact(weight, None) == CompactLinear(weight, None)
     with torch.no_grad():
-        assert store(weight, None).packed
+        assert make_compact(weight, None).packed
 
 
 @packs
 def test_autocast_keeps_its_dtype():
-    linear, x = store(*layer()), torch.randn(2, 1, 40)
+    linear, x = make_compact(*layer()), torch.randn(2, 1, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert compact_linear(x, linear).dtype == torch.bfloat16
-        assert not store(*layer()).packed
+        assert not make_compact(*layer()).packed

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import pp_fx
-from pp_fx.state import states_of
+from pp_fx.runtime.state import states_of
 
 CONFIGS = {
     "default": pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1),

@@ -9,10 +9,11 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import pp_fx
-from pp_fx import buffers, compact
 from pp_fx.cache import forget, reserve, selections_on
-from pp_fx.cuda_graphs import compiles_cuda_graphs
 from pp_fx.errors import InputError, StateError
+from pp_fx.kernels import packed_linear
+from pp_fx.runtime import buffers
+from pp_fx.runtime.cuda_graphs import compiles_cuda_graphs
 
 from .conftest import tiny_llama
 from .overwriting import begin, overwriting
@@ -34,8 +35,8 @@ CONFIGS = {
 def packed(request, monkeypatch):
     """With and without a CPU's opaque weights."""
     if not request.param:
-        monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
-    elif torch.float32 not in compact.PACKED_DTYPES:
+        monkeypatch.setattr(packed_linear, "PACKED_DTYPES", frozenset())
+    elif torch.float32 not in packed_linear.PACKED_DTYPES:
         pytest.skip("oneDNN packs nothing here")
 
 
@@ -89,14 +90,14 @@ ORDERS = [
 @pytest.mark.parametrize("name", ["sticky", "least squares", pytest.param("drift", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prompts", ["eager", "compiled"])
 def test_packed_weights_serve_one_prompt_after_the_other(name, prompts, ids):
-    if torch.float32 not in compact.PACKED_DTYPES:
+    if torch.float32 not in packed_linear.PACKED_DTYPES:
         pytest.skip("oneDNN packs nothing here")
     serve(CONFIGS[name], prompts, ids)
 
 
 @pytest.mark.parametrize(("prompts", "name"), ORDERS)
 def test_a_static_cache_serves_one_prompt_after_the_other(prompts, name, ids, monkeypatch):
-    monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
+    monkeypatch.setattr(packed_linear, "PACKED_DTYPES", frozenset())
     serve(CONFIGS[name], prompts, ids)
 
 
@@ -267,7 +268,7 @@ def test_the_compilers_mode_is_known(options, expected):
 @pytest.mark.parametrize("reserved", [True, False])
 def test_a_prompt_under_cuda_graphs_asks_for_its_memory(reserved, ids, monkeypatch):
     """On a CPU, as if it had CUDA graphs. Without fullgraph such a prompt makes its memory uncompiled."""
-    monkeypatch.setattr(compact, "PACKED_DTYPES", frozenset())
+    monkeypatch.setattr(packed_linear, "PACKED_DTYPES", frozenset())
     monkeypatch.setattr(buffers, "RECORDED", ("cpu",))
     monkeypatch.setattr(buffers, "compiles_cuda_graphs", lambda: True)
     model = transformed()

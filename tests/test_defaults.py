@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pp_fx
-from pp_fx.cache import Selection
-from pp_fx.gram import probe_gram
-from pp_fx.plan import Plan
-from pp_fx.probe import ProbeRows
-from pp_fx.selection import compensate
-from pp_fx.state import states_of
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
+from pp_fx.runtime.compensate import compensate
+from pp_fx.runtime.head_gram import probe_gram
+from pp_fx.runtime.plan import Plan
+from pp_fx.runtime.probe import ProbeRows
+from pp_fx.runtime.selections import Selection
+from pp_fx.runtime.state import states_of
 
 from .conftest import calibrated_llama, tiny_llama
 
@@ -132,7 +132,7 @@ def test_autocast_does_not_reach_a_correction(least_squares):
     kept = torch.arange(state.kept_units)
 
     def corrected():
-        made = compensate(state, Selection(kept, kept, 0), rows_of(96), ROWS, weight, PLAN)
+        made = compensate(state, Selection(kept, kept, 0), rows_of(96), ROWS, weight, PLAN._replace(settings=config))
         return [made.vector, *(made.correction or ())]
 
     expected = corrected()
@@ -151,7 +151,7 @@ def test_autocast_does_not_reach_the_score_of_heads():
         assert torch.equal(probe_gram(state, rows_of(64), ROWS, rows_of(64), weight, PLAN), expected)
 
 
-ROWS, PLAN = ProbeRows(None, torch.arange(20), None), Plan((2, 20), True, False, None, {})
+ROWS, PLAN = ProbeRows(None, torch.arange(20), None), Plan((2, 20), pp_fx.ProbePruningConfig(), True, False, None, {})
 
 
 def rows_of(width):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import pp_fx
-from pp_fx.distributed import gather, world
+from pp_fx.calibration.directions import Directions
+from pp_fx.calibration.padding import add_padded
+from pp_fx.calibration.ranks import of_all, world
 from pp_fx.errors import UnsupportedModelError
 from pp_fx.evaluate import evaluate
-from pp_fx.padding import add_padded
-from pp_fx.sketch import Sketch
-from pp_fx.state import states_of
+from pp_fx.runtime.state import states_of
 
 from .conftest import tiny_llama
 from .test_cli import folder, run  # noqa: F401
@@ -108,7 +108,7 @@ def test_tensor_parallel_is_refused_by_name(tmp_path):
 
 def test_one_process_is_a_world_of_its_own():
     assert world() == (0, 1)
-    assert gather("x") == ["x"]
+    assert of_all("x") == ["x"]
 
 
 def test_sums_of_unequal_lengths():
@@ -119,7 +119,7 @@ def test_sums_of_unequal_lengths():
 def test_merged_sketches_hold_the_covariance_of_all_rows():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(200, 6, generator=generator) * torch.arange(1, 7) + shift for shift in (0.0, 3.0)]
-    one, other = Sketch(6), Sketch(6)
+    one, other = Directions(6), Directions(6)
     one.add(rows[0], None)
     other.add(rows[1], None)
     one.merge(other.parts(), torch.device("cpu"))
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    from pp_fx.distributed import processes
+    from pp_fx.calibration.ranks import processes
 
     torch.set_num_threads(1)
     with processes() as here:

@@ -19,7 +19,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM, Phi3Config, Ph
 import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import ExportError, InputError, StateError
-from pp_fx.state import states_of
+from pp_fx.runtime.state import states_of
 
 from .conftest import EXPORTED, tiny_llama
 
@@ -221,7 +221,7 @@ def test_a_check_with_wrong_logits_fails_even_where_a_near_tie_differs(exported,
 @pytest.fixture
 def built(exported, monkeypatch):
     """The graph is read from the exported folder, not traced again."""
-    monkeypatch.setattr(to_onnx, "build", lambda model, opset: ir.load(exported[1] / "model.onnx"))
+    monkeypatch.setattr(to_onnx, "build", lambda model, ports, opset: ir.load(exported[1] / "model.onnx"))
 
 
 def test_an_export_replaces_an_earlier_one_alone(exported, built, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pp_fx
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 from .conftest import tiny_llama
 from .families import FAMILIES, build
@@ -109,7 +109,7 @@ def test_restore_gives_the_original_back(name):
 
 
 def test_one_structure_is_captured_once(monkeypatch):
-    module = importlib.import_module("pp_fx.structure")
+    module = importlib.import_module("pp_fx.rewrite.structures")
     captured, real = [], module.capture_layer
 
     def counting(*args):

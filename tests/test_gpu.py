@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import pp_fx
 from pp_fx.cache import reserve, selections_on
-from pp_fx.state import states_of
+from pp_fx.runtime.state import states_of
 
 from .conftest import tiny_llama
 

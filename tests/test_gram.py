@@ -5,9 +5,10 @@ import itertools
 import torch
 
 import pp_fx
-from pp_fx.gram import gram_of_sums, gram_sums, output_gram
+from pp_fx.calibration.gram_sums import gram_of_sums, gram_sums
 from pp_fx.methods import SCORES, Statistics
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
+from pp_fx.runtime.head_gram import output_gram
 
 
 def made(rows=50, units=4, width=8, hidden=24, seed=0):

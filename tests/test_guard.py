@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache
 
 import pp_fx
-from pp_fx import guard
 from pp_fx.cache import selections_on
-from pp_fx.macs import block_bytes, count_macs, kept_head_share
-from pp_fx.state import states_of
+from pp_fx.measure.bytes import block_bytes
+from pp_fx.measure.macs import count_macs, kept_head_share
+from pp_fx.rewrite import break_even as guard
+from pp_fx.runtime.state import states_of
 
 from .conftest import tiny_llama
 

@@ -9,8 +9,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pp_fx
+from pp_fx.capture.reads import watch
 from pp_fx.errors import PpFxError, StateError
-from pp_fx.reads import watch
 
 from .conftest import tiny_llama
 from .families import build
@@ -242,7 +242,7 @@ def test_what_others_read_while_a_layer_is_captured_does_not_count(ids):
     model = tiny_llama()
     before = {cls: dict(vars(cls)) for cls in (torch.nn.Module, type(model.config), type(model.model.layers[0].mlp))}
 
-    with unittest.mock.patch("pp_fx.capture.watch", wraps=watch) as watched:
+    with unittest.mock.patch("pp_fx.capture.trace.watch", wraps=watch) as watched:
         pp_fx.transform(model, CONFIG)
     assert watched.call_count == 1
     assert all(dict(vars(cls)) == was for cls, was in before.items())

@@ -11,7 +11,7 @@ from pp_fx.cache import selections_on
 from pp_fx.errors import ConfigError, InputError, StateError
 from pp_fx.macs import count_macs
 from pp_fx.methods import METHODS
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 SAME = {"skip_layers": 1, "round_to": 1, "ratio_digits": None}
 
@@ -119,7 +119,7 @@ def test_allocate_by_time_spends_more_where_time_is_won(llama, ids, monkeypatch)
     """Attention made to look ten times as slow as its MACs: more of it is dropped than by MACs."""
     import importlib
 
-    module = importlib.import_module("pp_fx.allocate")
+    module = importlib.import_module("pp_fx.measure.allocate")
     monkeypatch.setattr(module, "_losses", lambda model, states, *_: [[0.0, 0.1, 0.3, 0.6, 1.0]] * len(states))
     base = pp_fx.ProbePruningConfig(round_to=1, skip_layers=0)
 
@@ -134,8 +134,8 @@ def test_allocate_by_time_spends_more_where_time_is_won(llama, ids, monkeypatch)
 
 
 def test_measured_seconds_are_those_of_the_decoder(ids):
-    from pp_fx.allocate import _seconds
-    from pp_fx.macs import unit_macs
+    from pp_fx.measure.allocate import _seconds
+    from pp_fx.measure.macs import unit_macs
 
     from .conftest import tiny_llama
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 import pp_fx
 from pp_fx.errors import InputError
 from pp_fx.models import EMBEDDED, embedded_folder, load, load_config
-from pp_fx.transform import config_of
+from pp_fx.rewrite.layer import config_of
 
 from .test_cli import folder  # noqa: F401
 from .test_saving import CONFIG_HERE, logits, pruned

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pp_fx
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 from .odd_blocks import (
     DENSE,

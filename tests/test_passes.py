@@ -5,9 +5,11 @@ import torch
 from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 
 import pp_fx
-from pp_fx.capture import capture_layer, find_layers, record_calls
-from pp_fx.find_groups import find_groups
-from pp_fx.gather import gather_columns, gather_rows
+from pp_fx.capture.calls import record_calls
+from pp_fx.capture.layers import find_layers
+from pp_fx.capture.trace import capture_layer
+from pp_fx.groups.find import find_groups
+from pp_fx.runtime.gather import gather_columns, gather_rows
 
 from .conftest import tiny_llama
 from .families import build

@@ -10,7 +10,7 @@ import torch
 
 import pp_fx
 from pp_fx.errors import InputError, StateError
-from pp_fx.report_figures import overlap
+from pp_fx.measure.report_figures import overlap
 
 from .conftest import tiny_llama
 from .test_cli import folder, run  # noqa: F401

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pp_fx
-from pp_fx import hf_quantizer
+from pp_fx.calibration.history_file import HISTORY_FILE, read_history
 from pp_fx.errors import ConfigError, InputError, StateError
-from pp_fx.saving import HISTORY, read_history
-from pp_fx.transform import config_of
+from pp_fx.integrations import hf_quantizer
+from pp_fx.rewrite.layer import config_of
 
 from .conftest import tiny_llama
 from .test_cli import folder as dense_folder  # noqa: F401
@@ -138,12 +138,12 @@ def test_a_revision_of_a_hub_repository(tmp_path, ids, monkeypatch, subfolder, b
         (repository / "refs" / ref).write_text(commit)
     asked = []
     if not beside:
-        history = repository / "snapshots" / ("b" * 40) / subfolder / HISTORY
-        history.rename(tmp_path / HISTORY)
+        history = repository / "snapshots" / ("b" * 40) / subfolder / HISTORY_FILE
+        history.rename(tmp_path / HISTORY_FILE)
 
         def cached_file(name, file, *, revision, cache_dir, subfolder, **kwargs):
             asked.append((name, file, revision, cache_dir, subfolder))
-            return tmp_path / HISTORY
+            return tmp_path / HISTORY_FILE
 
         monkeypatch.setattr(hf_quantizer, "cached_file", cached_file)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -151,14 +151,14 @@ def test_a_revision_of_a_hub_repository(tmp_path, ids, monkeypatch, subfolder, b
     loaded = AutoModelForCausalLM.from_pretrained("org/name", **where)
     assert config_of(loaded).mlp_ratio == 0.2
     assert torch.equal(logits(loaded, ids)[1], logits(models["b" * 40], ids)[1])
-    expected = ("org/name", HISTORY, "b" * 40, tmp_path / "cache", subfolder)
+    expected = ("org/name", HISTORY_FILE, "b" * 40, tmp_path / "cache", subfolder)
     assert asked == ([] if beside else [expected])
 
 
 def test_a_folder_named_like_the_hubs_without_its_history_is_refused(tmp_path):
     pruned().save_pretrained(tmp_path / "snapshots")
-    (tmp_path / "snapshots" / HISTORY).unlink()
-    with pytest.raises(StateError, match=f"has no {HISTORY}"):
+    (tmp_path / "snapshots" / HISTORY_FILE).unlink()
+    with pytest.raises(StateError, match=f"has no {HISTORY_FILE}"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "snapshots")
 
 
@@ -174,7 +174,7 @@ def test_the_model_is_left_as_it_was(tmp_path, ids):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), ids)[1], logits(other, ids)[1])
     assert not torch.equal(logits(other, ids)[1], logits(model, ids)[1]), "a copy saves its own history"
     pp_fx.restore(model).save_pretrained(tmp_path / "c")
-    assert not (tmp_path / "c" / HISTORY).exists()
+    assert not (tmp_path / "c" / HISTORY_FILE).exists()
     assert not pp_fx.is_transformed(AutoModelForCausalLM.from_pretrained(tmp_path / "c"))
 
 
@@ -215,7 +215,7 @@ def test_hostile_configurations_are_refused(folder, changes):
 
 
 def test_damaged_histories_are_refused(folder, tmp_path):
-    path, model = folder / HISTORY, pruned()
+    path, model = folder / HISTORY_FILE, pruned()
     whole = path.read_bytes()
     with safe_open(path, "pt") as file:
         good = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -241,7 +241,7 @@ def test_damaged_histories_are_refused(folder, tmp_path):
         save_file(wrong, path)
         refused(match)
     path.unlink()
-    with pytest.raises(StateError, match=f"has no {HISTORY}"):
+    with pytest.raises(StateError, match=f"has no {HISTORY_FILE}"):
         AutoModelForCausalLM.from_pretrained(folder)
     edited(folder, history_file=False)
     assert not AutoModelForCausalLM.from_pretrained(folder).model.layers[1].pp_mlp.calibrated
@@ -258,7 +258,9 @@ def test_what_cannot_be_saved_is_refused_by_name(tmp_path):
 def test_a_failed_save_leaves_no_configuration_behind(tmp_path, monkeypatch):
     model = pruned()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pp_fx.saving.write_history", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "pp_fx.integrations.saving.write_history", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path / "saved")
     assert not hasattr(model.config, "quantization_config")
@@ -281,7 +283,7 @@ def test_push_to_hub_sends_the_whole_folder(monkeypatch):
     monkeypatch.setattr("transformers.utils.hub.create_repo", Hub().create_repo, raising=False)
     monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
     pruned().push_to_hub("someone/pruned")
-    assert {HISTORY, "config.json", "model.safetensors"} <= sent["someone/pruned"]
+    assert {HISTORY_FILE, "config.json", "model.safetensors"} <= sent["someone/pruned"]
 
 
 def test_the_commands_read_a_saved_folder(saved_folder, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pp_fx.sketch import Sketch
+from pp_fx.calibration.directions import Directions
 
 
 def stream(batches=4, rows=300, channels=40, rank=6):
@@ -18,7 +18,7 @@ def stream(batches=4, rows=300, channels=40, rank=6):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_directions_match_the_eigenvectors_of_the_correlation(masked):
-    sketch, kept = Sketch(6), []
+    sketch, kept = Directions(6), []
     for rows in stream():
         real = torch.arange(len(rows)) % 3 != 0 if masked else None
         dirty = rows if real is None else torch.where(real[:, None], rows, torch.nan)
@@ -37,13 +37,13 @@ def test_directions_match_the_eigenvectors_of_the_correlation(masked):
 
 
 def test_nothing_seen_gives_no_directions():
-    sketch = Sketch(4)
+    sketch = Directions(4)
     sketch.add(torch.zeros(3, 8), torch.zeros(3, dtype=torch.bool))
     assert sketch.directions() is None
 
 
 def test_memory_does_not_grow_with_the_stream():
-    sketch = Sketch(6)
+    sketch = Directions(6)
     for rows in stream(batches=8, rows=3000):
         sketch.add(rows, None)
     assert sketch.factor.shape[0] <= 12

@@ -10,7 +10,8 @@ import torch
 import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.evaluate import evaluate
-from pp_fx.macs import count_macs, state_bytes, weight_bytes
+from pp_fx.macs import count_macs
+from pp_fx.measure.bytes import state_bytes, weight_bytes
 from pp_fx.text import read, sequences
 
 from .test_reference import reference_for

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import StateError
-from pp_fx.state import states_of
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
+from pp_fx.runtime.state import states_of
 
 from .conftest import tiny_llama
 
@@ -172,7 +172,7 @@ def test_an_interrupted_calibration_leaves_the_history_and_the_mode(ids):
     hook.remove()
     assert unchanged(model, before)
     assert [s.mode for s in states_of(model)] == modes
-    assert not any(s.sums for s in states_of(model))
+    assert not any(s.collector for s in states_of(model))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_an_interrupt_while_a_layer_is_rewritten_is_undone(ids, monkeypatch):
     with torch.no_grad():
         expected = model(ids).logits
     names = {name for name, _ in model.named_modules()}
-    monkeypatch.setattr("pp_fx.block._lay_out", raises)
+    monkeypatch.setattr("pp_fx.rewrite.layer._lay_out", raises)
     with pytest.raises(Interrupted):
         pp_fx.transform(model, CONFIG)
     monkeypatch.undo()
@@ -219,7 +219,9 @@ def test_an_interrupt_while_a_layer_is_rewritten_is_undone(ids, monkeypatch):
         assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("place", ["pp_fx.saving.save_file", "transformers.modeling_utils.safe_save_file"])
+@pytest.mark.parametrize(
+    "place", ["pp_fx.calibration.history_file.save_file", "transformers.modeling_utils.safe_save_file"]
+)
 def test_an_interrupted_save_leaves_the_old_history_and_the_model(place, tmp_path, ids, monkeypatch):
     model = pruned()
     model.save_pretrained(tmp_path)

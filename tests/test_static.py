@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pp_fx
-from pp_fx.shares import time_shares
-from pp_fx.static import static_copies
+from pp_fx.measure.bounds import static_copies
+from pp_fx.measure.time_shares import time_shares
 
 from .conftest import tiny_llama
 

@@ -7,9 +7,9 @@ from transformers import BertConfig, BertForMaskedLM, DynamicCache, T5Config, T5
 
 import pp_fx
 from pp_fx import errors
-from pp_fx.block import ProbePrunedLayer
 from pp_fx.cache import selections_on
-from pp_fx.state import states_of
+from pp_fx.rewrite.layer import ProbePrunedLayer
+from pp_fx.runtime.state import states_of
 
 from .conftest import tiny_llama
 from .families import build
@@ -163,7 +163,7 @@ def test_transform_under_inference_mode_leaves_no_inference_tensors(llama, ids):
 
 
 def test_a_failed_transform_leaves_the_model_untouched(llama, ids, monkeypatch):
-    module = importlib.import_module("pp_fx.transform")
+    module = importlib.import_module("pp_fx.rewrite.transform")
     dense, real_install, calls = logits(llama, ids), module.install, []
 
     def failing(*args):

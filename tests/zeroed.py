@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import pp_fx
 from pp_fx.cache import selections_on
-from pp_fx.transform import layers_of
+from pp_fx.rewrite.layer import layers_of
 
 PRUNED = pp_fx.ProbePruningConfig(
     mlp_ratio=0.4,

@@ -3,6 +3,7 @@
 Adding one: write a file with a `Score` (if it has its own) and a `Method`, and list it here.
 """
 
+from .compensations import COMPENSATIONS, Compensation, Known
 from .flap import flap
 from .griffin import griffin
 from .joint_heads import SCORES
@@ -17,4 +18,4 @@ METHODS: dict[str, Method] = {
     m.name: m for m in (default, paper, full_batch, wanda_sp, flap, griffin, magnitude, random)
 }
 
-__all__ = ["METHODS", "SCORES", "Method", "Score", "Statistics"]
+__all__ = ["COMPENSATIONS", "METHODS", "SCORES", "Compensation", "Known", "Method", "Score", "Statistics"]

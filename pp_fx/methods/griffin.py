@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import ProbeConfig
 from .method import Method
 from .score import SCORES, Score, Statistics
 
@@ -28,7 +27,7 @@ griffin = Method(
     "relative activations of the whole prompt; it costs the whole input projections",
     "https://arxiv.org/abs/2404.01365",
     {
-        "probe": ProbeConfig(token_fraction=1.0, sample_fraction=1.0),
+        "probe": {"token_fraction": 1.0, "sample_fraction": 1.0},
         "history": None,
         "score": "griffin",
         "attention_score": None,

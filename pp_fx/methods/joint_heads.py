@@ -1,7 +1,7 @@
 """The joint head score: heads cancel in the output, so they are dropped as a set. For heads alone.
 
-The error of dropping a set of heads is the sum of the Gram matrix of their outputs over it (`pp_fx.gram`). Greedily the
-head that adds the least to it is dropped next (docs/research/recovery.md, sections 6 and 7).
+The error of dropping a set of heads is the sum of the Gram matrix of their outputs over it (`runtime.head_gram`).
+Greedily the head that adds the least to it is dropped next (docs/research/recovery.md, sections 6 and 7).
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""What a pruning method is: settings of one and the same graphs, and what it plans before the model is transformed."""
+"""What a pruning method is: settings of one and the same graphs, and who plans the ratios of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from torch import nn
-
-from ..config import ProbePruningConfig
+Planner = Literal["one_threshold"]
 
 
 @dataclass(frozen=True)
@@ -19,26 +17,32 @@ class Method:
         name: in `METHODS` and on the command line.
         summary: one line.
         paper: link to where it comes from.
-        settings: fields of ProbePruningConfig that make it.
-        plan: (untransformed model, config, calibration batches) -> config with a ratio for every layer, for methods
-            that spread the ratios over the layers themselves; None for the others.
+        settings: fields of ProbePruningConfig that make it, as JSON types.
+        planner: who spreads the ratios over the layers before the model is transformed, by its name in
+            `pp_fx.measure.planners`; None where the layers share one ratio.
     """
 
     name: str
     summary: str
     paper: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    plan: Callable[[nn.Module, ProbePruningConfig, Any], ProbePruningConfig] | None = None
+    planner: Planner | None = None
 
-    def config(self, mlp_ratio: float = 0.4, attention_ratio: float = 0.0, **changes: Any) -> ProbePruningConfig:
+    configure: ClassVar[Callable[[dict[str, Any]], Any]]
+    """ProbePruningConfig.from_dict; `pp_fx.config`, which stands on this module, puts it here."""
+
+    def config(self, mlp_ratio: float = 0.4, attention_ratio: float = 0.0, **changes: Any) -> Any:
         """The method's configuration.
 
         Args:
             mlp_ratio, attention_ratio: as in ProbePruningConfig.
             **changes: any other field.
 
+        Returns:
+            ProbePruningConfig.
+
         Raises:
-            ConfigError: a field is invalid.
+            ConfigError: a field is unknown or invalid.
         """
         ratios = {"mlp_ratio": mlp_ratio, "attention_ratio": attention_ratio}
-        return ProbePruningConfig(**{**self.settings, **ratios, **changes})
+        return Method.configure({**self.settings, **ratios, **changes})

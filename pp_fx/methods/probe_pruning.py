@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import ProbeConfig
 from .method import Method
 from .score import SCORES, Score, Statistics, column_sum
 
@@ -35,9 +34,13 @@ paper = Method(
     _PAPER,
     {
         "ratio_digits": 2,
-        "probe": ProbeConfig(
-            token_fraction=0.5, sample_fraction=0.05, min_positions=2, first_position="few", attention="rows"
-        ),
+        "probe": {
+            "token_fraction": 0.5,
+            "sample_fraction": 0.05,
+            "min_positions": 2,
+            "first_position": "few",
+            "attention": "rows",
+        },
         "history": "position",
         "fusion_epsilon": 1e-6,
         "mlp_compensation": None,
@@ -50,7 +53,7 @@ full_batch = Method(
     "every row is its own probe (the paper's upper reference; it costs the whole input projections)",
     _PAPER,
     {
-        "probe": ProbeConfig(token_fraction=1.0, sample_fraction=1.0),
+        "probe": {"token_fraction": 1.0, "sample_fraction": 1.0},
         "history": None,
         "mlp_compensation": None,
         "attention_score": None,

@@ -21,7 +21,7 @@ class Statistics(NamedTuple):
         mean: mean of z, likewise.
         column: the score's own number for each column of the output projection.
         dropped: how many units will be dropped.
-        gram: fp32 [units, units], see `pp_fx.gram`, of probe and history; None for a score that does not read it.
+        gram: fp32 [units, units] (`runtime.head_gram`), of probe and history; None for a score that does not read it.
         exports: an exported graph is being traced.
     """
 

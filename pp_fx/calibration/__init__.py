@@ -1,0 +1,1 @@
+"""The history from dense forward passes over sample text, on one process or many; its file."""

@@ -1,0 +1,101 @@
+"""The history as a file: `pp_fx_history.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import StateError
+from ..process_settings import own_defaults
+from ..rewrite.layer import layers_of
+from ..runtime.state import GroupState
+
+HISTORY_FILE = "pp_fx_history.safetensors"
+
+
+def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:
+    """Write the history of every pruned group; the file appears when all of it is written."""
+    tensors: dict[str, torch.Tensor] = {}
+    calibrated: list[str] = []
+    for name, state in _pruned(model).items():
+        found = {f"{name}.{key}": tensor for key, tensor in state.history().items()}
+        tensors |= {key: value.detach().cpu().contiguous() for key, value in found.items()}
+        calibrated += [name] * state.calibrated
+    path = Path(directory, HISTORY_FILE)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        notes = {"format": "pt", "calibrated": " ".join(calibrated), "sha256": _checksum(tensors)}
+        save_file(tensors, partial, metadata=notes)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@own_defaults()
+def read_history(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load a history file into a transformed model. All of it is checked before anything changes.
+
+    Args:
+        model: transformed with the configuration that the file was written with.
+        path: what `save_pretrained` has written.
+
+    Raises:
+        StateError: the file cannot be read, or does not fit the model.
+    """
+    states = _pruned(model)
+    expected = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.history().items()}
+    remedy = (
+        "save the model again, or delete the file and set 'history_file': false in config.json to start without one"
+    )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if names != set(expected):
+                odd = ", ".join(sorted(names ^ set(expected))[:3])
+                raise StateError(f"{path} does not fit the model's configuration ({odd}, ..); {remedy}")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StateError(f"{path} cannot be read ({error}); {remedy}") from None
+    for name, tensor in tensors.items():
+        here = expected[name]
+        if tensor.shape != here.shape or tensor.dtype != here.dtype:
+            raise StateError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model's is {here.dtype} "
+                f"{tuple(here.shape)}; {remedy}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise StateError(f"{path}: {name} holds numbers that are not finite; {remedy}")
+    if metadata.get("sha256") != _checksum(tensors):
+        raise StateError(f"{path} is not what was written (checksum differs or is missing); {remedy}")
+    calibrated = set(metadata.get("calibrated", "").split())
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)
+    for name, state in states.items():
+        state.calibrated = name in calibrated
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def holds_history(model: nn.Module) -> bool:
+    """Whether a transformed model keeps any statistics."""
+    return any(state.history() for state in _pruned(model).values())
+
+
+def _pruned(model: nn.Module) -> dict[str, GroupState]:
+    """`3.mlp` -> state, of the groups that prune."""
+    layers = enumerate(layers_of(model))
+    return {f"{i}.{kind}": s for i, layer in layers for kind, s in layer.states().items() if s.prunes}

@@ -1,0 +1,5 @@
+"""`python -m pp_fx.cli`."""
+
+from . import main
+
+main()

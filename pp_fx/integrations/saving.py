@@ -1,0 +1,68 @@
+"""What a transformed model writes beside its ordinary weights: the configuration and the history; and reading it back.
+
+`transform` gives the model object a `save_pretrained` of its own (this one), which calls transformers' and adds
+`pp_fx_history.safetensors`; `hf_quantizer` reads both in `from_pretrained`. Weights keep their names and shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..calibration.history_file import holds_history, write_history
+from ..errors import InputError, StateError
+from ..process_settings import own_defaults
+from ..rewrite.layer import config_of
+from ..rewrite.transform import SHADOWED
+from .hf_config import SETTINGS, WEIGHTS, ProbePruningHfConfig, weights_fingerprint
+
+
+@own_defaults()
+def save_pretrained(
+    model: Any, save_directory: str | os.PathLike, *, quantization_config: bool = True, **kwargs: Any
+) -> None:
+    """transformers' `save_pretrained`, and the history; config.json tells `from_pretrained` to prune.
+
+    Args:
+        model: a transformed model.
+        save_directory: folder, made if need be.
+        quantization_config: True writes the pruning's configuration into config.json, as transformers' method for what
+            changes a model as it is loaded; many other tools refuse such a folder. False leaves config.json as the
+            dense model's, which every tool loads, and writes `pp_fx_config.json` beside it; then
+            `from_pretrained(folder, quantization_config=pp_fx.ProbePruningHfConfig.from_pretrained(folder))` prunes.
+        **kwargs: of transformers' method.
+
+    Raises:
+        InputError: `push_to_hub=True`; `model.push_to_hub(repo_id)` sends the whole folder.
+        StateError: the model is quantized as well.
+    """
+    if kwargs.pop("push_to_hub", False):
+        raise InputError("push_to_hub=True would leave the history behind; call model.push_to_hub(repo_id)")
+    config = config_of(model)
+    if hasattr(model.config, "quantization_config"):
+        raise StateError(
+            f"model.config.quantization_config is set ({type(model.config.quantization_config).__name__}); quantized "
+            "weights cannot be saved with a pruning configuration; call pp_fx.restore(model) first"
+        )
+    settings = ProbePruningHfConfig(config, history_file=holds_history(model))
+    if quantization_config:
+        model.config.quantization_config = settings
+    try:
+        type(model).save_pretrained(model, save_directory, **kwargs)
+    finally:
+        if quantization_config:
+            del model.config.quantization_config
+    if not kwargs.get("is_main_process", True):
+        return
+    if holds_history(model):
+        write_history(model, save_directory)
+    apart = Path(save_directory, SETTINGS)
+    apart.unlink(missing_ok=True)  # of an earlier save
+    if not quantization_config:
+        noted = {**settings.to_dict(), WEIGHTS: weights_fingerprint(save_directory)}
+        apart.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+SHADOWED["save_pretrained"] = save_pretrained

@@ -1,0 +1,1 @@
+"""What pruning costs and saves: MACs, bytes, perplexity, time; comparisons, allocation and reports on them."""

@@ -1,0 +1,52 @@
+"""Bytes of weights, KV cache and state: what a decode step reads, and what pruning holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..rewrite.layer import layers_of, settings_of
+from .macs import head_size, running_units
+
+
+def key_value_bytes(config: Any, batch: int, length: float, element: int) -> float:
+    """Bytes of the KV cache that one decode step reads, all layers; `element` bytes a number."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * batch * length * heads * head_size(config) * element
+
+
+def head_weight(model: Any) -> nn.Parameter:
+    """Weight of the LM head [V, H]."""
+    return model.get_output_embeddings().weight
+
+
+def block_bytes(model: nn.Module, tokens: int) -> tuple[int, float]:
+    """Bytes of the decoder blocks' parameters that a decode step reads: dense, and with the kept rows alone.
+
+    Args:
+        model: transformed.
+        tokens: of the prompt (B x T): what the guard kept dense there stays dense.
+    """
+    dense, pruned = 0, 0.0
+    sticky = settings_of(model).decode != "dense"
+    for layer in layers_of(model):
+        sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
+        dense += sum(sizes.values())
+        pruned += sum(sizes.values())
+        for kind, kept in running_units(layer, tokens).items() if sticky else ():
+            group = layer.groups[kind]
+            pruned -= sum(sizes[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
+    return dense, pruned
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters (shared ones once)."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes that the transformed model holds beyond its parameters: histories and column norms."""
+    tensors = [b for layer in layers_of(model) for s in layer.states().values() for b in s.buffers()]
+    return sum(b.numel() * b.element_size() for b in tensors if isinstance(b, torch.Tensor))

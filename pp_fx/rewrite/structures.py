@@ -1,0 +1,103 @@
+"""What the layers of one structure share: the captured and rewritten graph, its channel groups, its probes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..capture.calls import masks_are_inverted, record_calls
+from ..capture.layers import structure_key
+from ..capture.reads import Reads
+from ..capture.trace import capture_layer
+from ..config import ProbePruningConfig
+from ..errors import UnsupportedModelError
+from ..groups.group import Group
+from ..passes import BlockGraph, probe_pruning
+from ..runtime.model_calls import register_attention
+from .layer import block_class, compile_graph
+
+_CAPTURING = threading.RLock()
+"""torch.export is not thread-safe."""
+
+
+@dataclass
+class Structure:
+    """One distinct structure of decoder layers.
+
+    Attributes:
+        cls: class of the rewritten layers.
+        groups: group kind -> group.
+        probes: group kind -> the probe branch as a function.
+        reprobes: group kind -> whether it can be probed again while decoding.
+        reasons: why a branch is left dense.
+        reads: the attributes whose values the graph holds.
+    """
+
+    cls: type
+    groups: dict[str, Group]
+    probes: dict[str, Any]
+    reprobes: dict[str, bool]
+    reasons: list[str]
+    reads: Reads
+
+
+def find_structures(
+    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None = None
+) -> tuple[dict[tuple, Structure], list[Any]]:
+    """Capture one layer for each distinct structure (`capture.layers.structure_key`). The model is not changed.
+
+    Returns:
+        The structures, and a recorded call of every layer.
+
+    Raises:
+        CaptureError: a layer cannot be captured.
+        UnsupportedModelError: a layer holds quantized or distributed weights.
+    """
+    _refuse_quantized(layers)
+    with _CAPTURING:
+        return _find_structures(model, layers, config)
+
+
+def _find_structures(
+    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None
+) -> tuple[dict[tuple, Structure], list[Any]]:
+    calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
+    found: dict[tuple, Structure] = {}
+    for i, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                register_attention(module)
+        key = structure_key(layer)
+        if key in found:
+            continue
+        reads: Reads = {}
+        graph = capture_layer(model, layer, (calls[0][i], calls[1][i]), reads)
+        block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
+        probe_pruning(config)(block)
+        groups = {n.group.kind: n.group for n in block.inserted}
+        found[key] = Structure(
+            cls=block_class(type(layer), block.graph, groups, block.groups.reasons),
+            groups=groups,
+            probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
+            reprobes={n.group.kind: n.reprobes for n in block.inserted},
+            reasons=block.groups.reasons,
+            reads=reads,
+        )
+    return found, calls[0]
+
+
+def _refuse_quantized(layers: nn.ModuleList) -> None:
+    """Rows of a weight can be taken only where it is an ordinary tensor of numbers."""
+    for name, tensor in (*layers.named_parameters(), *layers.named_buffers()):
+        kind = type(tensor).__name__
+        packed = tensor.ndim == 2 and tensor.dtype in (torch.int8, torch.uint8, torch.int32)
+        if packed or not (type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)):
+            raise UnsupportedModelError(
+                f"{name} of the decoder layers is a {kind} of {tensor.dtype}: quantized or distributed weights "
+                "cannot be pruned; load the model unquantized (or model.dequantize()) on one device before transform"
+            )

@@ -1,0 +1,48 @@
+"""How wide the layers run: ratios, kept units, and how much of it decoding may hold as compact weights."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from torch import nn
+
+from ..config import Kind, ProbePruningConfig
+from ..groups.group import Group
+
+
+def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[Kind, list[float]]:
+    """Group kind -> the ratio that each layer carries."""
+    return {kind: config.layer_ratios(f"{kind}_ratio", layers) for kind in get_args(Kind)}
+
+
+def on_device(config: ProbePruningConfig, model: nn.Module) -> ProbePruningConfig:
+    """The configuration with the values that the model's device takes for what it leaves open."""
+    return config.on(next((p.device.type for p in model.parameters()), "cpu"))
+
+
+def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
+    """How many channels (rounded up to a multiple of `round_to`) or heads of a group run at a per-layer ratio."""
+    kept = group.units - int(ratio * group.units)
+    if group.kind == "mlp" and ratio > 0:
+        multiple = config.round_to or 1
+        kept = min(group.units, -(-kept // multiple) * multiple)
+    return kept
+
+
+def limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:
+    """Layers from the first on may hold compact weights while decoding, up to the configured limit."""
+    left = math.inf if config.compact_megabytes is None else config.compact_megabytes * 2**20
+    for layer, cls, states in prepared:
+        for kind, state in states.items():
+            size = _compact_size(layer, cls.groups[kind], state.kept_units)
+            state.holds_compact = state.holds_compact and state.prunes and size <= left
+            left -= size if state.holds_compact else 0
+
+
+def _compact_size(layer: nn.Module, group: Group, kept: int) -> float:
+    """Bytes of the compact weights: kept units of the pruned projections, and fused ones that run whole."""
+    shares = [(p, p.share * kept / group.units) for p in (*group.inputs, group.output)]
+    shares += [(p, p.share) for p in group.whole]
+    weights = [(layer.get_parameter(p.path), share) for p, share in shares]
+    return sum(w.numel() * w.element_size() * share for w, share in weights)

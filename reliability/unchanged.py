@@ -1,0 +1,101 @@
+"""Whether two checkouts compute the same, bit for bit: perplexity, kept units, generated tokens, the ONNX folder.
+
+    python reliability/unchanged.py OLD NEW
+
+For changes that move code and must change nothing. Each checkout runs in its own `.venv`, on the embedded model, with
+one thread (`make .venv/.ready` makes the environment).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def fingerprint() -> dict[str, str]:
+    """What this checkout's pp_fx computes; names of both checkouts alone are used."""
+    import torch
+    from transformers import DynamicCache
+
+    import pp_fx
+    from pp_fx.evaluate import evaluate
+    from pp_fx.models import load
+    from pp_fx.text import PYTHON_DOCS, read, sequences
+
+    model, tokenizer = load("smollm2", torch.bfloat16)
+    ids = sequences(read(PYTHON_DOCS), tokenizer, 16, 256)
+    found = {"dense nll": evaluate(model, ids[8:], 8).nll.hex()}
+    configs = {
+        "default": pp_fx.ProbePruningConfig(),
+        "heads": pp_fx.ProbePruningConfig(0.4, 0.37, compensation_min_tokens=512),
+        "paper": pp_fx.ProbePruningConfig.paper(0.4),
+        "re-probing": pp_fx.ProbePruningConfig(decode="probe", reprobe_every=4),
+        "flap": pp_fx.methods.METHODS["flap"].config(0.4),
+    }
+    for name, config in configs.items():
+        pp_fx.transform(model, config)
+        nodes = [node for i in (0, 29) for node in model.model.layers[i].graph.nodes]
+        found[f"{name} graph"] = _digest([(n.op, n.name, sorted(map(str, n.all_input_nodes))) for n in nodes])
+        pp_fx.calibrate(model, ids[:8], progress=False)
+        found[f"{name} nll"] = evaluate(model, ids[8:], 8).nll.hex()
+        cache: Any = DynamicCache(config=model.config)
+        tokens = model.generate(ids[8:10], past_key_values=cache, max_new_tokens=12, do_sample=False)
+        found[f"{name} tokens"] = _digest(tokens.tolist())
+        layers = cache.pp_fx_selections.layers
+        kept = {f"{i}.{kind}": s.kept.tolist() for i, groups in layers.items() for kind, s in groups.items()}
+        found[f"{name} kept"] = _digest(kept)
+        buffers = [b for layer in model.model.layers for _, b in sorted(layer.named_buffers())]
+        found[f"{name} history"] = _digest([b.view(torch.uint8).flatten().tolist() for b in buffers if b.ndim])
+        pp_fx.restore(model)
+    pp_fx.transform(model.float(), configs["heads"])
+    pp_fx.calibrate(model, ids[:8], progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        pp_fx.export.onnx(model, Path(folder, "out"), tokenizer=tokenizer)
+        for path in sorted(Path(folder, "out").iterdir()):
+            found[f"onnx {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def of_checkout(folder: Path) -> dict[str, str]:
+    """`fingerprint` by the Python of a checkout."""
+    python = folder / ".venv" / "bin" / "python"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(python), str(Path(__file__).resolve()), "--fingerprint"]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkouts", type=Path, nargs="*", help="two folders, each with its .venv")
+    parser.add_argument("--fingerprint", action="store_true", help="print this checkout's figures")
+    options = parser.parse_args()
+    if options.fingerprint:
+        print(json.dumps(fingerprint()))
+        return
+    if len(options.checkouts) != 2:
+        parser.error("give two checkouts")
+    old, new = map(of_checkout, options.checkouts)
+    table, differ = Table("", "the same"), [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    for name in {**old, **new}:
+        table.add_row(name, "NO" if name in differ else "yes")
+    Console().print(table)
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()
