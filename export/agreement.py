@@ -121,7 +121,7 @@ def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int
                 moved = {k: v.to(model.device) for k, v in given.items()}
                 keep = {"logits_to_keep": stop - last}
                 expected = model(part, past_key_values=cache, use_cache=True, **moved, **keep).logits.float().cpu()
-                out = ours(ids[:, start:stop], past_key_values=ort_cache, **given, **keep)
+                out: Any = ours(ids[:, start:stop], past_key_values=ort_cache, **given, **keep)
                 ort_cache = out.past_key_values
                 real = mask[:, last:stop].bool()
                 scale = expected[real].abs().max().clamp(min=1)

@@ -112,18 +112,18 @@ def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def with_tensors(layer: nn.Module, given: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the layer works on the given tensors in place of its own."""
-    before = []
+    before: list[tuple[Any, str, Any]] = []
     try:
         for name, tensor in given.items():
             path, _, leaf = name.rpartition(".")
             module = layer.get_submodule(path)
-            home = module._parameters if leaf in module._parameters else module._buffers
+            home: Any = module._parameters if leaf in module._parameters else module._buffers
             before.append((home, leaf, home[leaf]))
-            home[leaf] = tensor  # type: ignore[assignment]
+            home[leaf] = tensor
         yield
     finally:
-        for home, leaf, tensor in reversed(before):
-            home[leaf] = tensor
+        for home, leaf, old in reversed(before):
+            home[leaf] = old
 
 
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,9 @@ class OrtCache(Cache):
         order = beam_idx.cpu().numpy()
         self._map(lambda value: value[order])
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As `reorder_cache`."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sample `repeats` times."""

@@ -229,16 +229,18 @@ class OrtModel(GenerationMixin):
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {n: ort_value(np.zeros((batch, s[1], 0, s[3]), types[self._inputs[n].type])) for n, s in shapes.items()}
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # of its arguments what a graph has inputs for
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """transformers' GenerationMixin: the tokens that the cache does not hold yet."""
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {"input_ids": input_ids[:, before:], "past_key_values": past_key_values}
-        kept = {k: kwargs[k] for k in ("use_cache", "logits_to_keep") if k in kwargs}
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, before:], "past_key_values": past_key_values}
+        kept: dict[str, Any] = {k: kwargs[k] for k in ("use_cache", "logits_to_keep") if k in kwargs}
         return {**inputs, "attention_mask": attention_mask, **kept}
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]  # what else is given does not matter
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
         """The cache of a generation is always ours."""
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = OrtCache()

@@ -70,7 +70,8 @@ class Outside:
         found = self.optional[self.homes[path]]
         if len(found.shape) == 2:  # type: ignore[arg-type]
             return found
-        columns = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [-1, found.shape[2]])])  # type: ignore[index]
+        width = int(found.shape[2])  # type: ignore[index,arg-type]
+        columns = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [-1, width])])
         flat = ir.Node("", "Reshape", [found, columns.outputs[0]])
         for node in (columns, flat):
             node.outputs[0].name = f"{path}/{node.op_type}"
@@ -121,4 +122,5 @@ def _array(tensor: Any) -> Any:
 
 def _initializer(name: str, array: Any) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    shape: Any = tensor.shape
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)

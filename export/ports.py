@@ -113,9 +113,10 @@ class Port:
     def selection(self, compact: dict[str, Tensor]) -> Selection:
         """Inverse of `compact`."""
         kept, version = compact["kept"], self.layer.__dict__[LAYER].version
+        columns = self.state.columns_of(kept)
         inputs = [CompactLinear(self._rows(compact[label]), compact.get(f"{label}_bias")) for label, _ in self.inputs]
         output = CompactLinear(self._rows(compact["output"]).t(), compact["output_bias"])
-        return Selection.given(kept, self.state.columns_of(kept), version, inputs, output)
+        return Selection.given(kept, columns, version, inputs, output)
 
     def _units(self, rows: Tensor) -> Tensor:
         """[k * width, H] -> [k, width, H] of attention: the number of units is an axis of its own."""

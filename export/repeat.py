@@ -30,7 +30,8 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
     """
     nodes = list(graph)
     owner: dict[ir.Value, int] = {v: position for v in graph.inputs if (position := position_of(v.name)) is not None}
-    enters, leaves = {}, {}
+    enters: dict[int, ir.Node] = {}
+    leaves: dict[int, ir.Node] = {}
     for node in nodes:
         if node.op_type == "Boundary" and node.domain == DOMAIN:
             (enters if node.attributes["enters"].value else leaves)[node.attributes["position"].value] = node
@@ -56,12 +57,14 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
             shared.append(node)
     outputs = list(graph.outputs)
     made: list[ir.Node] = list(shared)
-    hidden = enters[0].inputs[0]
+    hidden: Any = enters[0].inputs[0]
     results: list[list[ir.Value]] = []
     names = {v: str(v.name) for v in outputs}
     own = [[v for v in outputs if position_of(v.name) == position] for position in range(last)]
     for index, kind in enumerate(kinds):
-        mapping = {v: leaf(str(v.name), index) for v in graph.inputs if position_of(v.name) == kind and v.uses()}
+        mapping: dict[Any, Any] = {
+            v: leaf(str(v.name), index) for v in graph.inputs if position_of(v.name) == kind and v.uses()
+        }
         mapping[enters[kind].outputs[0]] = hidden
         made += [_clone(node, mapping, f"layer{index}/") for node in parts[kind]]
         hidden = mapping.get(leaves[kind].inputs[0], leaves[kind].inputs[0])
@@ -70,7 +73,7 @@ def repeat(graph: ir.Graph, kinds: list[int], leaf: Callable[[str, int], ir.Valu
             old.name = f"traced/{names[old]}"  # the name is free for the layer's own
             value.name = rename(names[old], kind, index)
             value.type, value.shape = old.type, old.shape
-    tail = {leaves[last - 1].outputs[0]: hidden}
+    tail: dict[Any, Any] = {leaves[last - 1].outputs[0]: hidden}
     made += [_clone(node, tail, "") for node in parts[last]]
     common = [v for v in outputs if position_of(names[v]) is None]
     rest = [tail.get(v, v) for v in common]

@@ -27,7 +27,7 @@ def write_stateful(directory: Path) -> None:
         whole = ir.Value(
             name=str(value.name).replace(COMPACT, "pp_whole", 1),
             type=value.type,
-            shape=value.const_value.shape,  # type: ignore[union-attr]
+            shape=value.const_value.shape,  # type: ignore[union-attr,arg-type]
             const_value=value.const_value,
         )
         readers = [(node, index) for node, index in value.uses() if id(node) in inside]

@@ -108,7 +108,8 @@ def _cache(past: Past) -> DynamicCache:
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Past]:
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out.logits, [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return out.logits, [(layer.keys, layer.values) for layer in layers]
 
 
 def _tensor_names(kind: str, groups: dict[str, dict[str, Tensor]]) -> list[str]:
@@ -123,7 +124,8 @@ def key_value_shapes(model: Any) -> list[tuple[torch.Size, torch.Size]]:
     with torch.no_grad(), history_frozen(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _run(model, ids, torch.ones_like(ids), torch.arange(2, device=ids.device)[None], cache)
-    return [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return [(layer.keys.shape, layer.values.shape) for layer in layers]
 
 
 def trace_prefill(

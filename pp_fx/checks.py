@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import InputError, PpFxError
 
 
-def check_integers(low: int, /, *, error: type[PpFxError] = InputError, **given: Any) -> None:
+def check_integers(low: int, error: type[PpFxError] = InputError, /, **given: Any) -> None:
     """Every keyword must be an integer of at least `low`.
 
     Raises:

@@ -26,7 +26,6 @@ Kind = Literal["mlp", "attention"]
 """Of a group: the channels of an MLP, or the query heads of an attention."""
 
 
-_integers = functools.partial(check_integers, error=ConfigError)
 _number = functools.partial(check_number, error=ConfigError)
 _choice = functools.partial(check_choice, error=ConfigError)
 _flag = functools.partial(check_flag, error=ConfigError)
@@ -72,17 +71,19 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         for name in ("token_fraction", "sample_fraction"):
             _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
-        _integers(1, **{"probe.min_positions": self.min_positions})
+        check_integers(1, ConfigError, **{"probe.min_positions": self.min_positions})
         _choice("probe.first_position", self.first_position, get_args(FirstPosition))
         _choice("probe.attention", self.attention, get_args(ProbeAttention))
 
     def positions(self, length: int) -> int:
         """T', the number of probe positions for sequences of `length` tokens (same rule as the graphs use)."""
-        return min(length, max(self.min_positions, ceil_share(length, self.token_fraction)))
+        share: int = ceil_share(length, self.token_fraction)
+        return min(length, max(self.min_positions, share))
 
     def samples(self, batch: int) -> int:
         """B', the number of probe samples of a batch of `batch` sequences."""
-        return min(batch, max(1, ceil_share(batch, self.sample_fraction)))
+        share: int = ceil_share(batch, self.sample_fraction)
+        return min(batch, max(1, share))
 
 
 def ceil_share(total: Any, fraction: float) -> Any:
@@ -188,15 +189,15 @@ class ProbePruningConfig:
     def __post_init__(self) -> None:
         _ratio("mlp_ratio", self.mlp_ratio)
         _ratio("attention_ratio", self.attention_ratio)
-        _integers(0, skip_layers=self.skip_layers)
+        check_integers(0, ConfigError, skip_layers=self.skip_layers)
         for name in ("round_to", "ratio_digits", "compensation_min_tokens"):
             if getattr(self, name) is not None:
-                _integers(1, **{name: getattr(self, name)})
+                check_integers(1, ConfigError, **{name: getattr(self, name)})
         if not isinstance(self.probe, ProbeConfig | None):
             raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
         _choice("history", self.history, (*get_args(HistoryKind), None))
-        _integers(1, history_length=self.history_length)
-        _integers(1, history_rows=self.history_rows)
+        check_integers(1, ConfigError, history_length=self.history_length)
+        check_integers(1, ConfigError, history_rows=self.history_rows)
         _number("momentum", self.momentum, 0, 1)
         _flag("freeze_history", self.freeze_history)
         _number("fusion_epsilon", self.fusion_epsilon, 0, 1)
@@ -206,11 +207,11 @@ class ProbePruningConfig:
         _choice("attention_compensation", self.attention_compensation, (*COMPENSATIONS, None))
         _number("compensation_mix", self.compensation_mix, 0, 1)
         for name in ("compensation_rank", "compensation_rows"):
-            _integers(1, **{name: getattr(self, name)})
+            check_integers(1, ConfigError, **{name: getattr(self, name)})
         _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
-        _integers(1, min_select_tokens=self.min_select_tokens)
+        check_integers(1, ConfigError, min_select_tokens=self.min_select_tokens)
         _choice("decode", self.decode, get_args(DecodeMode))
-        _integers(1, reprobe_every=self.reprobe_every)
+        check_integers(1, ConfigError, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:
             _number("drift_threshold", self.drift_threshold, 0, 1)
             if self.decode != "sticky":
@@ -219,7 +220,7 @@ class ProbePruningConfig:
                     "or choose decode='sticky'"
                 )
         _flag("guard", self.guard)
-        _integers(0, kernel_rows=self.kernel_rows)
+        check_integers(0, ConfigError, kernel_rows=self.kernel_rows)
         if self.compact_megabytes is not None:
             _number("compact_megabytes", self.compact_megabytes, 0, math.inf)
         if self.reprobes and self.history == "position":
@@ -267,7 +268,8 @@ class ProbePruningConfig:
             ConfigError: an unknown name, or a field is unknown or invalid.
         """
         _choice("preset", name, METHODS)
-        return METHODS[name].config(mlp_ratio, attention_ratio, **changes)
+        made: ProbePruningConfig = METHODS[name].config(mlp_ratio, attention_ratio, **changes)
+        return made
 
     def layer_ratios(self, name: str, layers: int) -> list[float]:
         """The ratio that each layer carries.

@@ -6,6 +6,8 @@ selection does, it reads at about half of the speed. The native kernels read the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from onnxscript import ir
 
 from ..functions import DOMAIN
@@ -68,7 +70,7 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
 
 
-def _replace(node: ir.Node, op: str, inputs: list[ir.Value | None]) -> None:
+def _replace(node: ir.Node, op: str, inputs: Sequence[ir.Value | None]) -> None:
     new = ir.Node(DOMAIN, op, inputs, name=node.name)
     old, made = node.outputs[0], new.outputs[0]
     made.name, made.type, made.shape = old.name, old.type, old.shape

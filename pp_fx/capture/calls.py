@@ -56,7 +56,7 @@ def masks_are_inverted(layer: nn.Module, call: Call) -> bool:
     return not bool(mask[-1].flatten()[-1])  # the last token of an unpadded row sees itself
 
 
-def _record(model: nn.Module, layers: nn.ModuleList, batch: int, length: int, result: Any) -> dict[int, Call]:
+def _record(model: Any, layers: nn.ModuleList, batch: int, length: int, result: Any) -> dict[int, Call]:
     calls: dict[int, Call] = {}
 
     def recorder(index: int):

@@ -24,8 +24,8 @@ def is_parameter(node: Any) -> bool:
 def is_input(node: fx.Node) -> bool:
     """An argument of the layer, or an item of one."""
     origin = node
-    while origin.target is operator.getitem and isinstance(origin.args[0], fx.Node):
-        origin = origin.args[0]
+    while origin.target is operator.getitem and isinstance(first := origin.args[0], fx.Node):
+        origin = first
     return origin.op == "placeholder"
 
 

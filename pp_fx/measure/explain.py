@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from ..capture.layers import find_layers, structure_key
 from ..checks import check_integers
-from ..config import ProbePruningConfig, as_config
+from ..config import Kind, ProbePruningConfig, as_config
 from ..errors import CaptureError, InputError, UnsupportedModelError
 from ..groups.group import AttentionGroup, Group
 from ..process_settings import own_defaults
@@ -38,7 +38,7 @@ class GroupReport:
         kv_head: for every query head the key/value head that it reads; empty for an MLP.
     """
 
-    kind: str
+    kind: Kind
     inputs: tuple[str, ...]
     output: str
     units: int
@@ -188,7 +188,9 @@ def _guarded(layer: nn.Module) -> list[str]:
     return [f"guard: calls of fewer than {tokens} tokens" if tokens < math.inf else "guard: calls of any size"]
 
 
-def _report(index: int, groups: dict[str, Group], kept: dict[str, int], reasons: list[str], macs: Macs) -> LayerReport:
+def _report(
+    index: int, groups: dict[Kind, Group], kept: dict[Kind, int], reasons: list[str], macs: Macs
+) -> LayerReport:
     found = tuple(
         GroupReport(
             kind,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import ProbePruningConfig
+from ..config import Kind, ProbePruningConfig
 from ..groups.group import Group
 from ..methods import SCORES
 from ..rewrite.layer import layers_of, settings_of
@@ -65,7 +65,7 @@ def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     return sum(parts, Macs())
 
 
-def running_units(layer: Any, tokens: int) -> dict[str, int]:
+def running_units(layer: Any, tokens: int) -> dict[Kind, int]:
     """Group kind -> the units of a rewritten layer that run in a prefill of so many tokens (B x T)."""
     guarded = tokens < layer.__dict__[LAYER].guard_tokens
     return {kind: s.units if guarded else s.kept_units for kind, s in layer.states().items()}
@@ -73,8 +73,8 @@ def running_units(layer: Any, tokens: int) -> dict[str, int]:
 
 def layer_macs(
     layer: nn.Module,
-    groups: dict[str, Group],
-    kept: dict[str, int],
+    groups: dict[Kind, Group],
+    kept: dict[Kind, int],
     settings: ProbePruningConfig,
     batch: int,
     length: int,

@@ -6,12 +6,12 @@ Adding one: write a file with a `Score` (if it has its own) and a `Method`, and 
 from .compensations import COMPENSATIONS, Compensation, Known
 from .flap import flap
 from .griffin import griffin
-from .joint_heads import SCORES
+from .joint_heads import joint  # noqa: F401  (a score alone)
 from .magnitude import magnitude
 from .method import Method
 from .probe_pruning import default, full_batch, paper
 from .random_units import random
-from .score import Score, Statistics
+from .score import SCORES, Score, Statistics
 from .wanda_sp import wanda_sp
 
 METHODS: dict[str, Method] = {

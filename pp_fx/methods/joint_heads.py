@@ -23,4 +23,4 @@ def _units(given: Statistics) -> Tensor:
     return drop_jointly(given.gram, given.dropped, given.exports)  # type: ignore[arg-type]
 
 
-SCORES["joint"] = Score(_column, _units, gram=True)
+joint = SCORES["joint"] = Score(_column, _units, gram=True)

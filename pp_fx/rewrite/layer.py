@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..config import ProbePruningConfig
+from ..config import Kind, ProbePruningConfig
 from ..errors import StateError
 from ..groups.group import Group
 from ..runtime.names import LAYER, state_name
@@ -43,11 +43,11 @@ class ProbePrunedLayer:
 
     graph: fx.Graph
     original_class: type[nn.Module]
-    groups: dict[str, Group]
+    groups: dict[Kind, Group]
     reasons: list[str]
     """Why a branch of the layer is left dense."""
 
-    def states(self) -> dict[str, GroupState]:
+    def states(self) -> dict[Kind, GroupState]:
         """Group kind -> state."""
         return {kind: getattr(self, state_name(kind)) for kind in self.groups}
 
@@ -79,7 +79,7 @@ class ProbePrunedLayer:
         return self
 
 
-def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str, Group], reasons: list[str]) -> type:
+def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[Kind, Group], reasons: list[str]) -> type:
     """The class for the layers of one structure."""
     body = {
         "graph": graph,
@@ -92,7 +92,7 @@ def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[str,
     return type(f"ProbePruned{layer_class.__name__}", (ProbePrunedLayer, layer_class), body)
 
 
-def install(layer: nn.Module, cls: type, info: LayerInfo, states: dict[str, GroupState]) -> None:
+def install(layer: nn.Module, cls: type, info: LayerInfo, states: dict[Kind, GroupState]) -> None:
     """Turn `layer` into a block of class `cls`, in place."""
     layer.__class__ = cls  # type: ignore[assignment]  # first, so that `uninstall` undoes whatever has been done
     layer.__dict__[LAYER] = info

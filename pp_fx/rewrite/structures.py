@@ -14,7 +14,7 @@ from ..capture.calls import masks_are_inverted, record_calls
 from ..capture.layers import structure_key
 from ..capture.reads import Reads
 from ..capture.trace import capture_layer
-from ..config import ProbePruningConfig
+from ..config import Kind, ProbePruningConfig
 from ..errors import UnsupportedModelError
 from ..groups.group import Group
 from ..passes import BlockGraph, probe_pruning
@@ -39,9 +39,9 @@ class Structure:
     """
 
     cls: type
-    groups: dict[str, Group]
-    probes: dict[str, Any]
-    reprobes: dict[str, bool]
+    groups: dict[Kind, Group]
+    probes: dict[Kind, Any]
+    reprobes: dict[Kind, bool]
     reasons: list[str]
     reads: Reads
 

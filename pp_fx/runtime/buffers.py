@@ -53,10 +53,11 @@ def own(value: Tensor) -> Tensor:
                 "the prompt uncompiled"
             )
         return value
-    return allocate(value)
+    made: Tensor = allocate(value)
+    return made
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def allocate(like: Tensor) -> Tensor:
     """A copy that torch.compile takes for one address; usable in and outside of inference mode."""
     with torch.inference_mode(False):

@@ -21,7 +21,7 @@ class CompactLinear(NamedTuple):
     bias: Tensor | None
     packed: bool = False
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Rows go into a pickle: another machine packs them in its own way."""
         return make_compact, (rows_of(self), self.bias)
 

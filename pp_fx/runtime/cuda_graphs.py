@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def compiles_cuda_graphs() -> bool:
     """Of the region that torch.compile traces right now: whether Inductor captures it into CUDA graphs.
 

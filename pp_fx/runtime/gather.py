@@ -66,7 +66,9 @@ def gather_rows(
     if selection.compacts and not exports and selection.inputs_due:
         return _hold(selection, x, parts, None if ahead is None else pruned)
     if selection.compacts and selection.inputs is not None:
-        done = [part for linear, sizes in selection.inputs for part in compact_linear(x, linear).split(sizes, -1)]
+        done = [
+            part for linear, sizes in selection.inputs for part in torch.split(compact_linear(x, linear), sizes, -1)
+        ]
         return (*done, *(F.linear(x, *_rows(*part, exports)) for part in parts[len(done) :]))
     if ahead is not None:
         parts = parts[:pruned]
@@ -110,9 +112,10 @@ def _hold(selection: Selection, x: Tensor, parts: list[Part], pruned: int | None
     weight, bias, sizes = _stack(parts, old)
     linear = selection.hold_inputs(weight, bias, sizes)
     if pruned is None:
-        return compact_linear(x, linear).split(sizes, -1)
+        return torch.split(compact_linear(x, linear), sizes, -1)
     wanted = sum(sizes[:pruned])
-    return F.linear(x, weight[:wanted], None if bias is None else bias[:wanted]).split(sizes[:pruned], -1)
+    out = F.linear(x, weight[:wanted], None if bias is None else bias[:wanted])
+    return torch.split(out, sizes[:pruned], -1)
 
 
 def gather_heads(selection: Selection | None, heads: Tensor) -> Tensor:
@@ -154,11 +157,12 @@ def _compensated(
     selection: Selection, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Compensation | None
 ) -> Tensor:
     """A prompt's output projection; a correction of low rank goes to the rows of z where that is less work."""
-    rows, (hidden, kept) = z.flatten(0, -2), (weight.shape[0], selection.columns.shape[0])
+    rows, hidden, kept = z.flatten(0, -2), weight.shape[0], selection.columns.shape[0]
     factors = None if compensation is None else compensation.correction
     low_rank = factors is not None and len(factors) == 2
     at_once = _at_once(selection, weight.t()) and (factors is None or low_rank)
     to_rows = low_rank and (at_once or rows.shape[0] * (kept + hidden) < kept * hidden)
+    out: Tensor
     if at_once:
         out = kernels.gather_output(rows, weight.t(), selection.columns)
         out = out if bias is None else out + bias
@@ -191,7 +195,7 @@ def _at_once(selection: Selection, weight: Tensor) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
     """[..., H] -> [..., kept] in one operator."""
-    out = kernels.gather_linear(x.flatten(0, -2), weight, rows).view(*x.shape[:-1], -1)
+    out: Tensor = kernels.gather_linear(x.flatten(0, -2), weight, rows).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias.index_select(0, rows)  # type: ignore[arg-type]
 
 
@@ -201,7 +205,8 @@ def _kept_columns(weight: Tensor, selection: Selection) -> Tensor:
     if width == 1 or selection.exports:
         return kernels.kept_rows(weight.t(), selection.columns, selection.exports)
     # all columns of a head at a time: compilers would compute the index of every element anew
-    return weight.unflatten(1, (-1, width)).index_select(1, selection.kept).flatten(1).t()
+    heads: Tensor = weight.unflatten(1, (-1, width)).index_select(1, selection.kept)
+    return heads.flatten(1).t()
 
 
 def _index(rows: Rows, columns: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ def _stack(parts: list[Part], old: CompactLinear | None) -> tuple[Tensor, Tensor
     if old is not None and _overwrites(parts, old):
         sizes = [w.shape[0] if rows is None else len(range(*rows)) if isinstance(rows, tuple) else len(rows)
                  for w, _, rows in parts]  # fmt: skip
-        for (weight, _, rows), memory in zip(parts, old.weight.split(sizes), strict=True):
+        for (weight, _, rows), memory in zip(parts, torch.split(old.weight, sizes), strict=True):
             if isinstance(rows, Tensor):
                 kernels.kept_rows(weight, rows, out=memory)
             else:

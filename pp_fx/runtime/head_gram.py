@@ -46,8 +46,8 @@ def output_gram(
         heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
         blocks = weight.t().to(dtype).unflatten(0, (units, -1))
         # a file holds each weight once, transposed; elsewhere a product the other way round would copy the weight
-        outputs = heads @ blocks if exports else blocks.transpose(1, 2) @ heads.transpose(1, 2)
-        outputs = outputs.flatten(1).float()
+        products = heads @ blocks if exports else blocks.transpose(1, 2) @ heads.transpose(1, 2)
+        outputs: Tensor = products.flatten(1).float()
         return outputs @ outputs.t() / count
 
 

@@ -36,12 +36,10 @@ def register_attention(module: nn.Module) -> None:
             return
 
 
-def _attention_function(module: nn.Module) -> Any:
+def _attention_function(module: Any) -> Any:
     # config of a transformers module; the same look-up that the original layer makes
-    return ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation,  # type: ignore[union-attr,arg-type]
-        _EAGER_ATTENTION.get(type(module)),
-    )
+    default: Any = _EAGER_ATTENTION.get(type(module))
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, default)
 
 
 def attention(
@@ -57,6 +55,7 @@ def attention(
     Returns:
         [B, T, heads, D].
     """
+    result: Tensor
     result, weights = _attention_function(module)(module, q, k, v, mask, **{**(forwarded or {}), **kwargs})[:2]
     if weights is not None:
         _collect(module, result, weights)
@@ -136,6 +135,7 @@ def pruned_attention(
     """
     if selection is None:
         return attention(module, q, k, v, mask, forwarded, **kwargs)
+    assert state.kv_head is not None
     heads = state.kv_head.index_select(0, selection.kept)
     k, v = k.index_select(1, heads), v.index_select(1, heads)
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == state.units and state.units > 1:
@@ -146,7 +146,8 @@ def pruned_attention(
     call = _attention_function(module)
     sinks = {name: p.index_select(0, selection.kept) for name, p in _per_head(module, state.units).items()}
     view = AttentionView(module, sinks)
-    return call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+    out: Tensor = call(view, q, k, v, mask, **{**(forwarded or {}), **kwargs})[0]
+    return out
 
 
 def probe_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Tensor:
@@ -157,11 +158,14 @@ def probe_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **k
             section 3.1: S = T'); mask: [1 or B', 1, T', S].
     """
     name = "eager" if module.config._attn_implementation == "eager" else "sdpa"
-    call = ALL_ATTENTION_FUNCTIONS.get_interface(name, _EAGER_ATTENTION.get(type(module)))
+    default: Any = _EAGER_ATTENTION.get(type(module))
+    call = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     groups = q.shape[1] // k.shape[1]
     if groups == 1 or mask.shape[1] > 1 or _per_head(module, q.shape[1]):
-        return call(module, q, k, v, mask, **kwargs)[0]
+        whole: Tensor = call(module, q, k, v, mask, **kwargs)[0]
+        return whole
     # GQA: the query heads of a key/value head as rows of one attention, so that no key is copied for each of them
     q, mask = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1)
-    out = call(AttentionView(module, {}), q, k, v, mask, **kwargs)[0]
-    return out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out: Tensor = call(AttentionView(module, {}), q, k, v, mask, **kwargs)[0]
+    by_head: Tensor = out.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4)
+    return by_head.flatten(2, 3)

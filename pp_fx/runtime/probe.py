@@ -130,7 +130,8 @@ def _energy(source: Tensor) -> Tensor:
     dtype = torch.promote_types(source.dtype, torch.float32)
     if torch.compiler.is_dynamo_compiling():  # written out it shares one pass over the rows with the layer's own norm
         return source.to(dtype).square().sum(-1)
-    return torch.linalg.vector_norm(source, dim=-1, dtype=dtype).square()
+    norm: Tensor = torch.linalg.vector_norm(source, dim=-1, dtype=dtype)
+    return norm.square()
 
 
 def _bounds(plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -157,7 +158,8 @@ def _take_columns(tensor: Tensor, rows: ProbeRows, dim: int) -> Tensor:
     if tensor.shape[0] != 1:
         sample = torch.arange(columns.shape[0], device=columns.device) if rows.samples is None else rows.samples
         columns = columns + sample[:, None] * length
-    return flat.index_select(0, columns.flatten()).unflatten(0, columns.shape).movedim(1, dim)
+    taken: Tensor = flat.index_select(0, columns.flatten()).unflatten(0, columns.shape)
+    return taken.movedim(1, dim)
 
 
 def take_samples(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
@@ -169,7 +171,7 @@ def take_samples(tensor: Tensor, rows: ProbeRows | None) -> Tensor | None:
 
 def query_mask(
     rows: ProbeRows | None,
-    mask: Any,
+    mask: Tensor | None,
     residual: Tensor | None,
     keys: Tensor,
     plan: Plan,
@@ -221,7 +223,7 @@ def _additive(allowed: Tensor, residual: Tensor) -> Tensor:
     return torch.where(allowed, zero, torch.finfo(residual.dtype).min)[:, None]
 
 
-def probe_state(state: GroupState, inputs: tuple, parameters: tuple) -> Tensor | None:
+def probe_state(state: GroupState, inputs: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor | None:
     """The branch's intermediate state of the probe rows, [B', T', C]; None without a probe.
 
     Values that are not finite, or so large that sums of their squares would not be, count as zero: one sample that has
