@@ -73,7 +73,8 @@ def _digest(value: Any) -> str:
 def of_checkout(folder: Path) -> dict[str, str]:
     """`fingerprint` by the Python of a checkout."""
     python = folder / ".venv" / "bin" / "python"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # onnxscript names the loop variables of a function in the order of a set
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     command = [str(python), str(Path(__file__).resolve()), "--fingerprint"]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
