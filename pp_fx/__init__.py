@@ -22,6 +22,7 @@ from .measure.report import report
 from .rewrite.layer import is_transformed
 from .rewrite.transform import restore, transform
 from .runtime.modes import history_frozen
+from . import bench, cache, evaluate, macs, methods  # noqa: F401  # isort: skip  (`pp_fx.cache.forget` at once)
 
 if TYPE_CHECKING:
     from . import export

@@ -53,15 +53,16 @@ def imports(name):
         if not isinstance(node, ast.ImportFrom) or id(node) in typed:
             continue
         if node.level:
-            base = [p for p in package if p][: len([p for p in package if p]) - node.level + 1]
-        elif node.module and node.module.split(".")[0] == "pp_fx":
-            base, node.module = [], node.module.partition(".")[2]
+            whole = [part for part in package if part]
+            base = [*whole[: len(whole) - node.level + 1], *(node.module or "").split(".")]
+        elif (node.module or "").split(".")[0] == "pp_fx":
+            base = node.module.split(".")[1:]
         else:
             continue
-        base = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+        base = ".".join(part for part in base if part)
         for alias in node.names:
-            whole = f"{base}.{alias.name}".strip(".")
-            yield (whole if whole in SOURCES else base), id(node) in inside
+            module = f"{base}.{alias.name}".strip(".")
+            yield (module if module in SOURCES else base), id(node) in inside
 
 
 def _for_types(node):

@@ -1,0 +1,171 @@
+"""Write the tables of docs/measured.md and of the README from benchmarks/results/*.json.
+
+    python docs/measured.py
+
+Nothing is measured here. A table stands between two comments with the name of its file, `<!-- cpu -->` and
+`<!-- /cpu -->`; what stands around them is text like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGES = ROOT / "benchmarks" / "results", (ROOT / "README.md", ROOT / "docs" / "measured.md")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from suite import label  # noqa: E402
+from suite import table as suite_table  # noqa: E402
+
+SHAPE = "{settings[phase]} {settings[batch]} x {settings[length]}"
+"""Of a result of `pp_fx.bench`."""
+
+
+def grid(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Markdown: column titles, each with a template of its cells; what a row lacks is left empty."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(template, row) for template in columns.values())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(template: str, row: dict[str, Any]) -> str:
+    """One value; empty if it was not measured (None takes no format)."""
+    try:
+        return template.format_map(row)
+    except (KeyError, TypeError):
+        return ""
+
+
+def headline(found: dict[str, Any]) -> str:
+    """The README's table: one row a ratio, one column a shape."""
+    rows = {float(ratio): {"name": f"MLP {float(ratio):.0%}", **row} for ratio, row in found["perplexity"].items()}
+    shapes = list(dict.fromkeys(cell(SHAPE, r) for r in found["results"]))
+    rows[0.0] |= {"name": "dense", **dict.fromkeys(shapes, 1.0)}
+    for r in found["results"]:
+        rows[r["shape"]["mlp_ratio"]][cell(SHAPE, r)] = r["ratio"]
+    times = {f"time / dense, {shape}": f"{{{shape}:.3f}}" for shape in shapes}
+    return grid(rows.values(), {"dropped": "{name}", "perplexity": "{ppl:.1f}", **times})
+
+
+def perplexity(found: dict[str, Any]) -> str:
+    """Dense, then every configuration with its share of MACs."""
+    dense = [{"label": f"dense, {name}", "in domain": found["dense"][name]} for name in ("bfloat16", "float32")]
+    shares = "{macs[pruned]:.1%} + {macs[probe]:.1%} + {macs[compensation]:.1%}"
+    columns = {"": "{label}", "block MACs + probe + compensation": shares}
+    for title, key in (("calibrated on WikiText-2", "in domain"), ("on Python's documentation", "out of domain")):
+        columns |= {title: f"{{{key}[ppl]:.1f}}", f"± ({key})": f"{{{key}[nll_stderr_vs_dense]:.3f}}"}
+    return grid([*dense, *found["rows"]], {**columns, "machine": "{processor}"})
+
+
+def cpu(found: dict[str, Any]) -> str:
+    """As the suite prints it."""
+    return suite_table(found["results"])
+
+
+def blocks(found: dict[str, Any]) -> str:
+    """One layer a row; decoding has bytes alone for its ideal."""
+    rows = [{"ideal_with_probe": row["ideal"], **row} for row in found["rows"]]
+    times = {"dense ms": "{dense_ms:.1f}", "pruned ms": "{pruned_ms:.1f}", "pruned / dense": "**{ratio:.3f}**"}
+    ratios = {"ideal": "{ideal_with_probe:.3f}", "static / dense": "{static_ratio:.3f}"}
+    return grid(rows, {"model": "{model}", "batch x length": SHAPE, **times, **ratios})
+
+
+def gpu(found: dict[str, Any]) -> str:
+    """Every side of every shape."""
+    rows = [{**row, "side": name, **side} for row in found["rows"] for name, side in row["sides"].items()]
+    times = {"wall ms": "{wall_ms:.2f}", "/ dense": "{ratio:.3f}", "device / dense": "{device_ratio:.3f}"}
+    return grid(rows, {"": "{name}", "layers": "{row[layers]}", "side": "{side}", **times, "ideal": "{ideal:.3f}"})
+
+
+def decode_quality(found: dict[str, Any]) -> str:
+    """Perplexity on both texts, then against the sticky default."""
+    topics = ("same topic", "topic changes")
+    columns = {"": "{name}", **{topic: f"{{{topic}[ppl]:.1f}}" for topic in topics}}
+    columns |= {f"NLL - sticky's, {topic}": f"{{{topic}[nll_vs_sticky]:+.3f}}" for topic in topics}
+    return grid([{"name": name, **row} for name, row in found["results"].items()], columns)
+
+
+def mixed_batches(found: dict[str, Any]) -> str:
+    """The whole, and each of the two texts."""
+    parts = {"perplexity": "{ppl:.1f}", "of the text": "{ppl_text:.1f}", "of the documentation": "{ppl_docs:.1f}"}
+    nll = {"NLL against the mixed batch": "{nll_against_mixed:+.3f} ± {nll_stderr:.3f}"}
+    return grid([{"label": "dense", **found["dense"]}, *found["rows"]], {"": "{label}", **parts, **nll})
+
+
+def compare(found: dict[str, Any]) -> str:
+    """One method a row."""
+    quality = {"perplexity": "{ppl:.1f}", "NLL above dense (paired)": "{nll_above_dense:.3f} ± {nll_stderr:.3f}"}
+    costs = {"block MACs in all": "{macs[total]:.1%}", "time / dense": "{time_ratio:.2f}"}
+    rows = [{"method": "dense", **found["dense"]}, *found["rows"]]
+    return grid(rows, {"method": "{method}", **quality, **costs, "perplexity lost / time saved": "{prr:.0f}"})
+
+
+def onnx_runtime(found: dict[str, Any]) -> str:
+    """Milliseconds, and ratios to either dense file."""
+    sides, rows = ("genai dense", "own dense", "pruned"), []
+    for row in found["rows"]:
+        ms = dict(zip(("genai", "own", "pruned", "bodies", "last"), row["ms"].values(), strict=False))
+        pairs = [(a, b) for a in ("pruned", "bodies", "last") for b in ("genai", "own") if a in ms]
+        rows.append({**row, **{f"{a} / {b}": ms[a] / ms[b] for a, b in pairs}})
+    columns = {"": "{phase}", "threads": "{threads}", **{side: f"{{ms[{side}]:.1f}}" for side in sides}}
+    ratios = ("pruned / genai", "pruned / own", "bodies / genai", "last / genai")
+    seconds, peak, weights = found["export"].values()
+    return grid(rows, {**columns, **{name: f"{{{name}:.3f}}" for name in ratios}}) + (
+        f"\nThe export took {seconds:.0f} s with its comparison, and peaked at {peak / 1e9:.1f} GB (the weights: "
+        f"{weights / 1e9:.2f} GB).\n"
+    )
+
+
+def costs(found: dict[str, Any]) -> str:
+    """Seconds and bytes before anything is saved."""
+    rows = [{"name": k, **row, "share": row["state_bytes"] / row["weight_bytes"]} for k, row in found["rows"].items()]
+    seconds = {"transform s": "{transform_seconds:.1f}", "restore s": "{restore_seconds:.2f}"}
+    before, after = found["imports"].values()
+    return grid(rows, {"model": "{name}", **seconds, "state / weights": "{share:.1%}"}) + (
+        f"\n`import pp_fx` takes {after:.1f} s; torch and transformers alone take {before:.1f} s of them.\n"
+    )
+
+
+TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (mixed_batches, compare, onnx_runtime, costs)}
+TABLES["cpu-xeon"] = cpu
+"""Name of a file in benchmarks/results -> its table."""
+
+
+def origin(found: dict[str, Any]) -> str:
+    """Machine and versions, and which rows have settings of an older version."""
+    rows = [row for row in found.get("rows", found.get("results", ())) if isinstance(row, dict)]
+    machines = {row["processor"] for row in rows if "processor" in row} or {found.get("device", found.get("processor"))}
+    machine = "; ".join(sorted(name or "not noted" for name in machines))
+    versions = {**found["versions"], "commit": found["versions"].get("commit") or "not noted"}
+    text = f"Machine: {machine}.\nVersions: {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
+    old = [row for row in rows if row.get("config", {}).get("compensation_min_tokens") == 512]
+    if old:
+        names = "all rows" if len(old) == len(rows) else "; ".join(row.get("label") or label(row) for row in old)
+        text += f"Of an older version (`compensation_min_tokens` was 512, now 2048 on a CPU): {names}.\n"
+    return text
+
+
+def rendered(page: str) -> str:
+    """The page with its tables as measured; a table whose file is not there stays as it is."""
+    for name, table in TABLES.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            block = f"<!-- {name} -->\n\n{table(found)}\nFile: `benchmarks/results/{name}.json`. {origin(found)}\n"
+            page = re.sub(f"<!-- {name} -->.*?(?=<!-- /{name} -->)", lambda _, new=block: new, page, flags=re.DOTALL)
+    return page
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
