@@ -22,10 +22,9 @@ from .measure.report import report
 from .rewrite.layer import is_transformed
 from .rewrite.transform import restore, transform
 from .runtime.modes import history_frozen
-from . import bench, cache, evaluate, macs, methods  # noqa: F401  # isort: skip  (`pp_fx.cache.forget` at once)
 
 if TYPE_CHECKING:
-    from . import export
+    from . import bench, cache, evaluate, export, macs, models, text
 
 __all__ = [
     "ProbeConfig",
@@ -46,8 +45,11 @@ __all__ = [
 register()
 
 
+_FACES = ("bench", "cache", "evaluate", "export", "macs", "models", "text")
+
+
 def __getattr__(name: str) -> Any:
-    """`pp_fx.export` on first use: a plain `import pp_fx` loads nothing of it."""
-    if name == "export":
-        return importlib.import_module(".export", __name__)
+    """`pp_fx.cache`, `pp_fx.export`, .. on first use: a plain `import pp_fx` loads nothing of onnx."""
+    if name in _FACES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__} has no attribute {name!r}")

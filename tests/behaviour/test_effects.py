@@ -1,14 +1,14 @@
-"""Calls of a graph that write are declared (`BlockGraph.effects`): others may be merged with their equals or dropped."""
+"""Calls of a graph that write are declared (`BlockGraph.effects`): others may be merged or dropped."""
 
 import copy
 import inspect
 
 import pytest
 import torch
+from pp_fx.passes import BlockGraph
 from transformers import DynamicCache
 
 import pp_fx
-from pp_fx.passes import BlockGraph
 from pp_fx.rewrite.layer import compile_graph, layers_of
 from pp_fx.runtime import model_calls
 from pp_fx.runtime.selections import selections_on
@@ -117,7 +117,9 @@ def test_equal_calls_may_be_merged_and_dead_ones_dropped(family, name):
             BlockGraph(graph).drop_unused()
             graph.lint()
             assert len(graph.nodes) < count
-            merged[type(layer)] = type(type(layer).__name__, (type(layer),), {"forward": compile_graph(graph, "merged")})
+            merged[type(layer)] = type(
+                type(layer).__name__, (type(layer),), {"forward": compile_graph(graph, "merged")}
+            )
         layer.__class__ = merged[type(layer)]
     assert torch.equal(run(again), expected)
 
