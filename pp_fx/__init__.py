@@ -24,7 +24,7 @@ from .rewrite.transform import restore, transform
 from .runtime.modes import history_frozen
 
 if TYPE_CHECKING:
-    from . import bench, cache, evaluate, export, macs, models, text
+    from . import bench, cache, evaluate, export, macs, models, text  # noqa: F401
 
 __all__ = [
     "ProbeConfig",

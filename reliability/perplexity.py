@@ -1,0 +1,53 @@
+"""One row of perplexity on the real model, against the row on record: a change that costs quality does not pass.
+
+    python reliability/perplexity.py            # fails where the default loses more than 1%
+    python reliability/perplexity.py --record   # after a change that is meant to move it
+
+SmolLM2-135M in bf16, Python's own documentation: 8 x 512 tokens as one batch, calibrated on 8 others, MLP 40%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import pp_fx
+from pp_fx.evaluate import evaluate
+from pp_fx.models import load
+from pp_fx.text import PYTHON_DOCS, read, sequences
+
+RECORD = Path(__file__).parent / "results" / "perplexity.json"
+MOST = 1.01
+
+
+def measure() -> dict[str, float]:
+    """Perplexity dense and with the default configuration."""
+    model, tokenizer = load("smollm2", torch.bfloat16)
+    ids = sequences(read(PYTHON_DOCS), tokenizer, 16, 512)
+    dense = evaluate(model, ids[8:], 8).ppl
+    pp_fx.transform(model)
+    pp_fx.calibrate(model, ids[:8], progress=False)
+    return {"dense": dense, "pruned": evaluate(model, ids[8:], 8).ppl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="take what is measured for the row on record")
+    options = parser.parse_args()
+    found = measure()
+    print(json.dumps(found))
+    if options.record:
+        RECORD.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(RECORD.read_text(encoding="utf-8"))
+    ratios = {name: found[name] / before[name] for name in before}
+    if max(ratios.values()) > MOST:
+        sys.exit(f"perplexity over the one on record: {ratios}; at most {MOST} passes")
+
+
+if __name__ == "__main__":
+    main()
