@@ -1,11 +1,11 @@
-# Two commands for a fresh clone: `make demo`, `make test`. Everything runs in .venv, made on first use.
+# What a fresh clone can do: `make demo`; `make quick`, `make check`, `make test`. Everything runs in .venv, made on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 NODE := examples/javascript/node_modules/.ready
 
-.PHONY: demo test lint bench docs soak mutations reliability families format
+.PHONY: demo quick check test perplexity format bench docs soak mutations reliability families
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,18 +17,30 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/pp-fx demo
 
-# Two processes of one thread each, files in order (by default those of few tests come last, the longest among them);
-# the runners of examples/javascript are skipped where there is no npm.
+# Two processes of one thread each, files in order (by default those of few tests come last, the longest among them).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
+# The unit tests: no compilation, no export, no processes.
+quick: $(READY)
+	$(PYTEST) tests/unit
+
+# All tests; the runners of examples/javascript are skipped where there is no npm.
 test: $(READY) $(if $(shell command -v npm),$(NODE))
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 $(NODE): examples/javascript/package.json
 	-cd examples/javascript && npm install --ignore-scripts --no-audit --no-fund && touch node_modules/.ready
 
-lint: $(READY)
+# Lint, format, the types of every module (of an installed copy), the house.
+check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python reliability/check_types.py
+	$(BIN)/pytest -q tests/unit/test_house.py
+
+# One row on the real model: fails where the default loses more than 1% of perplexity.
+perplexity: $(READY)
+	$(BIN)/python reliability/perplexity.py
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -39,7 +51,8 @@ bench: $(READY)
 
 # The site, in build/site; warnings are errors.
 docs: $(READY)
-	$(BIN)/pip install -q --no-deps --upgrade --target build/docs .
+	rm -rf build/installed
+	$(BIN)/pip install -q --no-deps --target build/installed .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 # The differential campaign at length (about twenty minutes) and 10,000 requests through each way of running (ten minutes).
@@ -58,5 +71,7 @@ reliability: soak mutations
 	$(BIN)/python reliability/versions.py
 	$(BIN)/python reliability/table.py
 
+# Every decoder family, not one of each kind alone; and their table in docs/families.md.
 families: $(READY)
+	$(PYTEST) tests/families -m "not gpu"
 	$(BIN)/python docs/families.py

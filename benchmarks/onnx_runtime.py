@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from pp_fx.export import OrtModel
 from report import bars, write_json
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +28,7 @@ from transformers import AutoConfig
 
 import pp_fx
 import pp_fx.text
+from pp_fx.export import OrtModel
 from pp_fx.models import load
 
 LAST, BODIES = "pruned, last logits", "pruned, function bodies"

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 import pp_fx  # noqa: E402
 from pp_fx.capture.layers import find_layers, structure_key  # noqa: E402
 from pp_fx.rewrite.structures import find_structures  # noqa: E402
-from tests.families import FAMILIES, build  # noqa: E402
-from tests.family_checks import CHECKS  # noqa: E402
-from tests.zeroed import PRUNED, layers_of, transformed  # noqa: E402
+from tests.helpers.families import FAMILIES, build  # noqa: E402
+from tests.helpers.family_checks import CHECKS  # noqa: E402
+from tests.helpers.zeroed import PRUNED, layers_of, transformed  # noqa: E402
 
 TEXT = f"""# Decoder families
 

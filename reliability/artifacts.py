@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pp_fx.export.folder import DATA, MODEL, SETTINGS, STATEFUL
 from rich.console import Console
 from rich.progress import track
 from soak import VOCABULARY, tiny
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM
 import pp_fx
 from pp_fx.calibration.history_file import HISTORY_FILE
 from pp_fx.errors import PpFxError
+from pp_fx.export.folder import DATA, MODEL, SETTINGS, STATEFUL
 
 RESULTS = Path(__file__).parent / "results" / "artifacts.json"
 NUMBERS: tuple[Any, ...] = (-1, 0, 10**30, -(10**9), 1e308, "1", None, [], {}, True)

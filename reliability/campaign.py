@@ -1,4 +1,4 @@
-"""The differential campaign of tests/test_campaign.py at length, and what it found.
+"""The differential campaign of tests/behaviour/test_campaign.py at length, and what it found.
 
 python reliability/campaign.py --draws 1000
 """
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     environment = {**os.environ, "PP_FX_DRAWS": str(options.draws), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_campaign.py", "--hypothesis-profile=default"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/behaviour/test_campaign.py", "--hypothesis-profile=default"]
     command.append("--hypothesis-show-statistics")
     if options.seed is not None:
         command.append(f"--hypothesis-seed={options.seed}")

@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from pp_fx.export import native_ops
 from rich.console import Console
 from rich.progress import track
+
+from pp_fx.export import native_ops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "sanitize.json"

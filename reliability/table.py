@@ -31,7 +31,7 @@ _PROMISES = """## What is safe
   checksums; weights outside of an exported folder are refused. The weights that `save_pretrained` writes are
   transformers' ordinary ones, without a checksum.
 
-Tests: `tests/test_state_safety.py`, `tests/test_saving.py`, `tests/test_export.py`.
+Tests: `tests/behaviour/test_state_safety.py`, `tests/system/test_saving.py`, `tests/system/test_export.py`.
 """
 
 _FOUND = """## What these runs and hostile reviews found, mended since
@@ -48,7 +48,7 @@ _FOUND = """## What these runs and hostile reviews found, mended since
 - An exported model learnt from prompts that were too short to probe.
 - Under CUDA graphs, and on every GPU with generate()'s own compilation, decode steps read what an earlier step's graph
   had returned, after it was overwritten: other tokens, or a crash. Calls that overwrite their outputs are tested on a
-  CPU (`tests/overwriting.py`).
+  CPU (`tests/helpers/overwriting.py`).
 - torch 2.11, whose `is_exporting()` is true in everything that it compiles, compiled no transformed model.
 - `from_pretrained` of a revision, or with `cache_dir` or `subfolder`, did not find the history.
 

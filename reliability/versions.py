@@ -30,10 +30,14 @@ from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
-TESTS = ("test_transform", "test_intact", "test_families", "test_cache", "test_reference", "test_saving", "test_export")
+TESTS = (
+    "behaviour/test_transform", "behaviour/test_bypassed", "behaviour/test_cache", "behaviour/test_reference",
+    "families/test_families", "system/test_saving", "system/test_export",
+)  # fmt: skip
 TORCH_TESTS = (
-    "test_compile", "test_cuda_graphs", "test_transform", "test_kernels", "test_cache", "test_decode", "test_generate",
-    "test_compact", "test_export", "test_families",
+    "behaviour/test_compile", "behaviour/test_cuda_graphs", "behaviour/test_transform", "behaviour/test_kernels",
+    "behaviour/test_cache", "behaviour/test_decode", "behaviour/test_generate", "unit/runtime/test_compact",
+    "families/test_families", "system/test_export",
 )  # fmt: skip
 FAMILIES = "not test_families or Llama or Phi3 or OPT or GPT-2 or Gemma2 or GPT-NeoX or Mixtral"
 OVERLAID = ("torch", "transformers", "onnxruntime")

@@ -5,16 +5,15 @@ import inspect
 
 import pytest
 import torch
-from pp_fx.passes import BlockGraph
 from transformers import DynamicCache
 
 import pp_fx
+from pp_fx.passes import BlockGraph
 from pp_fx.rewrite.layer import compile_graph, layers_of
 from pp_fx.runtime import model_calls
 from pp_fx.runtime.selections import selections_on
-
-from ..families import VOCABULARY, build
-from ..zeroed import transformed
+from tests.helpers.families import VOCABULARY, build
+from tests.helpers.zeroed import transformed
 
 IDS = torch.randint(2, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
 CONFIGS = {

@@ -1,0 +1,152 @@
+"""Two processes on gloo: the history and the numbers of one process; an error on one rank ends all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pp_fx
+from pp_fx.calibration.directions import Directions
+from pp_fx.calibration.padding import add_padded
+from pp_fx.calibration.ranks import of_all, world
+from pp_fx.errors import UnsupportedModelError
+from pp_fx.evaluate import evaluate
+from pp_fx.runtime.state import states_of
+from tests.helpers.command import run
+from tests.helpers.models import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = {
+    "default": pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, compensation_rank=96),
+    "paper": pp_fx.ProbePruningConfig.paper(0.4, skip_layers=1, round_to=1),
+}
+
+
+def batches(rank, ranks):
+    """Batches of several lengths, some padded."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in (30, 40, 17, 40):
+        ids = torch.randint(2, 97, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made[rank::ranks]
+
+
+def work(name):
+    """Calibrate and evaluate on this rank's share; the history and the numbers."""
+    rank, ranks = world()
+    model = pp_fx.transform(tiny_llama(), CONFIGS[name])
+    pp_fx.calibrate(model, batches(rank, ranks), progress=False)
+    text = torch.randint(2, 97, (5, 40), generator=torch.Generator().manual_seed(1))
+    with pp_fx.history_frozen(model):
+        found = evaluate(model, text, 2)
+    history = [[s.energy, s.mean, s.gram, s.directions] for s in states_of(model) if s.prunes]
+    return found.per_sequence, history
+
+
+def torchrun(*command, check=True):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "paper")) for n in CONFIGS])
+def test_two_processes_end_with_the_history_and_numbers_of_one(name, tmp_path):
+    torchrun("-m", "tests.test_distributed", name, tmp_path)
+    losses, history = work(name)
+    for rank in range(2):
+        found, merged = torch.load(tmp_path / str(rank))
+        for ours, theirs in zip(merged, history, strict=True):
+            for mine, other in zip(ours[:3], theirs[:3], strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)  # sums of the same numbers
+            if theirs[3] is not None:  # directions in bf16, of a rank that truncates nothing
+                mine, other = (d.float().t() @ d.float() for d in (ours[3], theirs[3]))
+                assert (mine - other).norm() < 1e-2 * other.norm()
+        assert found.shape == losses.shape
+        assert torch.equal(found, torch.load(tmp_path / "0")[0]), "all ranks have the numbers of the whole text"
+        torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_line_under_torchrun(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 3000)
+    options = ["--text", text, "--length", "32", "--sequences", "6", "--batch", "2", "--dtype", "float32"]
+    one = run("eval", folder, *map(str, options), "--mlp-ratio", "0.3", "--json", "-")
+    done = torchrun("-m", "pp_fx.cli", "eval", folder, *options, "--mlp-ratio", "0.3", "--json", tmp_path / "out.json")
+    two = json.loads((tmp_path / "out.json").read_text())
+    assert two["dense"]["nll"] == pytest.approx(json.loads(one.stdout)["dense"]["nll"], rel=1e-6)
+    assert done.stdout.count("block MACs") == 1, "one rank reports"
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path):
+    done = torchrun("-m", "tests.test_distributed", "wrong", tmp_path, check=False)
+    assert done.returncode != 0
+    assert "token id 1000, out of range" in done.stderr
+    assert "rank 1 failed" in done.stderr
+
+
+def test_tensor_parallel_is_refused_by_name(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    torchrun("-m", "tests.test_distributed", "parallel", tmp_path)
+    for rank in range(2):
+        message = (tmp_path / f"refused-{rank}").read_text()
+        assert "is distributed (tensor parallel" in message
+        assert "pp_fx.calibrate" in message
+
+
+def test_one_process_is_a_world_of_its_own():
+    assert world() == (0, 1)
+    assert of_all("x") == ["x"]
+
+
+def test_sums_of_unequal_lengths():
+    assert add_padded(torch.tensor([1.0, 2.0]), torch.tensor([10.0])).tolist() == [11, 2]
+    assert add_padded(torch.tensor([10.0]), torch.tensor([1.0, 2.0])).tolist() == [11, 2]
+
+
+def test_merged_sketches_hold_the_covariance_of_all_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(200, 6, generator=generator) * torch.arange(1, 7) + shift for shift in (0.0, 3.0)]
+    one, other = Directions(6), Directions(6)
+    one.add(rows[0], None)
+    other.add(rows[1], None)
+    one.merge(other.parts(), torch.device("cpu"))
+    one.merge(None, torch.device("cpu"))
+    found = one.directions()
+    both = torch.cat(rows)
+    torch.testing.assert_close(found.t() @ found, both.t().cov(correction=0), rtol=1e-3, atol=1e-3)
+
+
+if __name__ == "__main__":
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from pp_fx.calibration.ranks import processes
+
+    torch.set_num_threads(1)
+    with processes() as here:
+        if sys.argv[1] == "wrong":
+            broken = pp_fx.transform(tiny_llama(), CONFIGS["default"])
+            pp_fx.calibrate(broken, torch.full((2, 8), 1000 if here else 5), progress=False)
+        if sys.argv[1] == "parallel":
+            whole = Path(sys.argv[2], "model")
+            model = AutoModelForCausalLM.from_pretrained(
+                whole, distributed_config=DistributedConfig(tp_plan="auto"), local_files_only=True
+            )
+            with pytest.raises(UnsupportedModelError) as refused:
+                pp_fx.transform(model.eval(), CONFIGS["default"])
+            assert not pp_fx.is_transformed(model)
+            Path(sys.argv[2], f"refused-{here}").write_text(str(refused.value))
+            sys.exit()
+        torch.save(work(sys.argv[1]), Path(sys.argv[2]) / str(here))

@@ -1,0 +1,33 @@
+"""The README runs as it stands and shows what it prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
+MARK = "-- end of block --"
+
+
+def test_the_blocks_print_what_is_shown(smollm2, tmp_path):
+    """All in order, in one fresh process that runs in an empty folder; a block that shows nothing prints nothing."""
+    blocks = BLOCK.findall(README)
+    assert blocks
+    code = "".join(f"{block}\nprint({MARK!r})\n" for block, _ in blocks)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.split(f"{MARK}\n")[:-1]
+    assert printed == [shown for _, shown in blocks]
+
+
+def test_it_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    text = re.sub(r"<!-- headline -->.*?<!-- /headline -->", "", README, flags=re.DOTALL)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_what_it_links_to_exists():
+    for name in re.findall(r"\]\(([^)#]+)\)", README):
+        assert name.startswith("http") or (Path(__file__).parents[2] / name).exists(), name

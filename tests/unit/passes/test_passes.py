@@ -1,0 +1,138 @@
+"""Graph shape: how often each pass matches, and that the graph reads like the paper."""
+
+import pytest
+import torch
+
+import pp_fx
+from pp_fx.capture.calls import record_calls
+from pp_fx.capture.layers import find_layers
+from pp_fx.capture.trace import capture_layer
+from pp_fx.errors import PassError
+from pp_fx.groups.find import find_groups
+from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
+from pp_fx.runtime.gather import gather_columns, gather_rows
+from tests.helpers.families import build
+from tests.helpers.models import tiny_llama
+
+
+def captured(model):
+    _, layers = find_layers(model)
+    calls = [record_calls(model, layers, *shape)[0] for shape in ((3, 7), (5, 11))]
+    return capture_layer(model, layers[0], tuple(calls))
+
+
+def test_match_counts(llama):
+    results = probe_pruning()(BlockGraph(captured(llama)))
+    matches = {name: r.matches for name, r in results.items()}
+    assert matches.pop("Cleanup") >= 0
+    assert matches == {
+        "NormalizeLinears": 0,
+        "FreeHeadCount": 0,  # nothing to free: Llama writes -1 for its heads
+        "FindChannelGroups": 2,
+        "InsertProbe": 2,
+        "InsertSelection": 2,
+        "GatherChannels": 5,
+        "InsertCompensation": 2,
+        "InsertHistory": 2,
+    }
+
+
+def test_the_graph_reads_like_the_paper(llama):
+    pp_fx.transform(llama, pp_fx.ProbePruningConfig(skip_layers=0))
+    names = [n.name for n in llama.model.layers[2].graph.nodes]
+    expected = ["probe_rows", "probe_residual", "probe_state", "score", "kept"]
+    for kind, kept in (("attention", ["q_kept", "o_kept"]), ("mlp", ["gate_kept", "up_kept", "down_kept"])):
+        order = [names.index(f"{kind}_{role}") for role in expected] + [names.index(k) for k in kept]
+        assert order == sorted(order)
+        assert names.index(f"{kind}_history") > order[-1]
+    linears = [n.target for n in llama.model.layers[2].graph.nodes if n.target is torch.ops.aten.linear.default]
+    gathers = [n for n in llama.model.layers[2].graph.nodes if n.target in (gather_rows, gather_columns)]
+    assert (len(linears), len(gathers)) == (2, 4)  # keys and values stay whole
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (4, 1)])
+def test_groups_of_mha_and_gqa(heads, kv):
+    groups = find_groups(captured(tiny_llama(heads, kv)))
+    assert groups.mlp.units == 96
+    assert [p.label for p in groups.mlp.inputs] == ["gate", "up"]
+    assert groups.mlp.output.label == "down"
+    assert (groups.attention.units, groups.attention.width) == (heads, 16)
+    assert list(groups.attention.kv_head) == [h * kv // heads for h in range(heads)]
+    assert groups.reasons == []
+
+
+def test_a_group_that_escapes_is_left_dense_with_the_reason(llama):
+    graph = captured(llama)
+    silu = next(n for n in graph.nodes if n.target is torch.ops.aten.silu.default)
+    output = next(n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        total = graph.call_function(torch.ops.aten.sum.default, (silu,))
+        output.args = (graph.call_function(torch.ops.aten.add.Tensor, (output.args[0], total)),)
+    groups = find_groups(graph)
+    assert groups.mlp is None
+    assert any("also used by sum" in r for r in groups.reasons)
+
+
+def test_what_mixes_channels_is_left_dense_with_the_reason(llama):
+    graph = captured(llama)
+    mul = next(n for n in graph.nodes if n.target is torch.ops.aten.silu.default)
+    with graph.inserting_after(mul):
+        mixed = graph.call_function(torch.ops.aten.softmax.int, (mul, -1))
+    mixed.meta["val"] = mul.meta["val"]
+    mul.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed)
+    groups = find_groups(graph)
+    assert groups.mlp is None
+    assert any("not pointwise" in r for r in groups.reasons)
+
+
+def test_where_heads_are_mixed_before_the_core_the_query_runs_whole(llama):
+    graph = captured(llama)
+    query = find_groups(graph).attention.inputs[0].node
+    with graph.inserting_after(query):
+        flipped = graph.call_function(torch.ops.aten.flip.default, (query, [2]))
+    flipped.meta["val"] = query.meta["val"]
+    query.replace_all_uses_with(flipped, delete_user_cb=lambda user: user is not flipped)
+    groups = find_groups(graph)
+    assert (groups.attention.inputs, len(groups.attention.cut)) == ((), 1)
+    assert any("the query projection runs whole (something mixes the heads" in r for r in groups.reasons)
+
+
+def test_a_head_count_written_as_a_constant_is_freed():
+    model = build("OPT")
+    graph = captured(model)
+    assert find_groups(graph).attention.inputs == ()
+    assert FreeHeadCount()(BlockGraph(graph)).matches == 1
+    assert [p.label for p in find_groups(graph).attention.inputs] == ["q"]
+
+
+def test_passes_out_of_order_are_refused(llama):
+    block = BlockGraph(captured(llama))
+    FindChannelGroups()(block)
+    with pytest.raises(PassError, match="InsertSelection needs state"):
+        InsertSelection()(block)
+
+
+class Forgetful(InsertSelection):
+    """It does not say where it put the kept units."""
+
+    def call(self, block):
+        result = super().call(block)
+        for inserted in block.inserted:
+            del inserted.nodes["kept"]
+        return result
+
+
+def test_a_pass_that_does_not_keep_its_promise_is_named_with_those_before_it(llama):
+    manager = probe_pruning()
+    manager.passes = [Forgetful() if isinstance(p, InsertSelection) else p for p in manager.passes]
+    with pytest.raises(PassError, match="Forgetful did not insert kept of") as caught:
+        manager(BlockGraph(captured(llama)))
+    before = "NormalizeLinears, FreeHeadCount, FindChannelGroups, InsertProbe"
+    assert caught.value.__notes__ == [f"in the graph pass Forgetful, after {before}"]
+
+
+def test_every_role_that_a_pass_needs_is_promised_by_one_before_it():
+    there = set()
+    for step in probe_pruning().passes:
+        assert set(step.requires) <= there, type(step).__name__
+        there |= set(step.ensures)
