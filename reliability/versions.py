@@ -31,12 +31,12 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
 TESTS = (
-    "behaviour/test_transform", "behaviour/test_bypassed", "behaviour/test_cache", "behaviour/test_reference",
+    "unit/rewrite/test_transform", "behaviour/test_bypassed", "behaviour/test_cache", "behaviour/test_reference",
     "families/test_families", "system/test_saving", "system/test_export",
 )  # fmt: skip
 TORCH_TESTS = (
-    "behaviour/test_compile", "behaviour/test_cuda_graphs", "behaviour/test_transform", "behaviour/test_kernels",
-    "behaviour/test_cache", "behaviour/test_decode", "behaviour/test_generate", "unit/runtime/test_compact",
+    "behaviour/test_compile", "behaviour/test_cuda_graphs", "unit/rewrite/test_transform", "behaviour/test_kernels",
+    "behaviour/test_cache", "behaviour/test_decode", "behaviour/test_generate", "behaviour/test_compact",
     "families/test_families", "system/test_export",
 )  # fmt: skip
 FAMILIES = "not test_families or Llama or Phi3 or OPT or GPT-2 or Gemma2 or GPT-NeoX or Mixtral"
