@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope
 quick: $(READY)
 	$(PYTEST) tests/unit
 
-# All tests; the runners of examples/javascript are skipped where there is no npm.
+# All tests but those marked slow or gpu; the runners of examples/javascript are skipped where there is no npm.
 test: $(READY) $(if $(shell command -v npm),$(NODE))
 	$(PYTEST)
 
@@ -51,7 +51,7 @@ bench: $(READY)
 
 # The site, in build/site; warnings are errors.
 docs: $(READY)
-	rm -rf build/installed
+	rm -rf build/installed build/lib
 	$(BIN)/pip install -q --no-deps --target build/installed .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 

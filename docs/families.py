@@ -3,7 +3,7 @@
     python docs/families.py            # all, in minutes
     python docs/families.py Bloom MPT  # only these rows
 
-The checks are those of tests/family_checks.py on tiny random models of each family.
+The checks are those of tests/helpers/family_checks.py on tiny random models of each family.
 """
 
 from __future__ import annotations

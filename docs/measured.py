@@ -27,10 +27,17 @@ SHAPE = "{settings[phase]} {settings[batch]} x {settings[length]}"
 
 
 def grid(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Markdown: column titles, each with a template of its cells; what a row lacks is left empty."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(cell(template, row) for template in columns.values())} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """Markdown: column titles, each with a template of its cells; what a row lacks is left empty.
+
+    Raises:
+        KeyError: no row has anything for a column: the file calls it otherwise.
+    """
+    cells = [[cell(template, row) for template in columns.values()] for row in rows]
+    empty = [title for title, *column in zip(columns, *cells, strict=True) if not any(column)]
+    if empty:
+        raise KeyError(", ".join(empty))
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
 
 
 def cell(template: str, row: dict[str, Any]) -> str:

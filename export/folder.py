@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError
+from .names import INPUT_IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT, key_value
 
 MODEL, STATEFUL, DATA, SETTINGS = "model.onnx", "model_stateful.onnx", "model.onnx_data", "pp_fx.json"
 _CHUNK = 2**22
@@ -150,13 +151,17 @@ def _genai(config: Any, generation: Any) -> dict[str, Any]:
     pad = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
     first = eos[0] if isinstance(eos, list) else eos
     inputs = {
-        "input_ids": "input_ids",
-        "attention_mask": "attention_mask",
-        "position_ids": "position_ids",
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
+        "input_ids": INPUT_IDS,
+        "attention_mask": MASK,
+        "position_ids": POSITIONS,
+        "past_key_names": key_value(PAST, "%d", "key"),
+        "past_value_names": key_value(PAST, "%d", "value"),
     }
-    outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    outputs = {
+        "logits": LOGITS,
+        "present_key_names": key_value(PRESENT, "%d", "key"),
+        "present_value_names": key_value(PRESENT, "%d", "value"),
+    }
     length = context_length(config)
     return {
         "model": {

@@ -20,7 +20,6 @@ from .boundary import BOUNDARY
 
 DOMAIN = "pp_fx"
 VERSION = 1
-_BLOCK = 32
 _PP_FX = Opset(DOMAIN, VERSION)
 
 

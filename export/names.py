@@ -21,7 +21,9 @@ KEEP_LOGITS = "num_logits_to_keep"
 """Input with a default, 0: logits of so many last tokens alone are computed; 0 means all (as in transformers.js)."""
 PAST, COMPACT, HISTORY = "past_key_values", "pp_compact", "pp_history"
 PRESENT, PRESENT_COMPACT, PRESENT_HISTORY = "present", "present_compact", "present_history"
-LAYER = "layer"
+WHOLE = "pp_whole"
+"""Initializers of the stateful file: the weights that a call without a selection runs."""
+TRACED = "layer"
 """Of a weight or buffer of a representative, in a trace alone: `layer.1.mlp.up_proj.weight`."""
 _OUTPUTS = {PAST: PRESENT, COMPACT: PRESENT_COMPACT, HISTORY: PRESENT_HISTORY}
 _INPUTS = {output: name for name, output in _OUTPUTS.items()}
@@ -49,7 +51,7 @@ def key_values(kind: str, layers: int) -> list[str]:
     return [key_value(kind, layer, part) for layer in range(layers) for part in ("key", "value")]
 
 
-def key_value(kind: str, layer: int, part: str) -> str:
+def key_value(kind: str, layer: int | str, part: str) -> str:
     """`past_key_values.3.key`."""
     return f"{kind}.{layer}.{part}"
 

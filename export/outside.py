@@ -9,7 +9,7 @@ import numpy as np
 from onnxscript import ir
 
 from .layers import Layers
-from .names import COMPACT, HISTORY, KEEP_LOGITS, LAYER, MIN_SELECT, of_group, of_kind, position_of, rename
+from .names import COMPACT, HISTORY, KEEP_LOGITS, MIN_SELECT, TRACED, of_group, of_kind, position_of, rename
 from .ports import Port, homes
 
 
@@ -61,7 +61,7 @@ class Outside:
 
     def value(self, name: str, index: int, nodes: list[ir.Node]) -> ir.Value:
         """What takes the place of a representative's input in layer `index`; may add nodes before the layer."""
-        if not of_kind(name, LAYER):
+        if not of_kind(name, TRACED):
             name = rename(name, position_of(name), index)  # type: ignore[arg-type]
             return self.inputs.get(name) or self.optional[name]
         path = self.path(name, index)

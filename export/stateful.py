@@ -12,7 +12,7 @@ from pathlib import Path
 from onnxscript import ir
 
 from .folder import MODEL, STATEFUL
-from .names import COMPACT, KEEP_LOGITS, of_kind
+from .names import COMPACT, KEEP_LOGITS, WHOLE, of_kind
 
 
 def write_stateful(directory: Path) -> None:
@@ -25,7 +25,7 @@ def write_stateful(directory: Path) -> None:
     compact = [v for v in graph.inputs if of_kind(v.name, COMPACT)]
     for value in compact:
         whole = ir.Value(
-            name=str(value.name).replace(COMPACT, "pp_whole", 1),
+            name=str(value.name).replace(COMPACT, WHOLE, 1),
             type=value.type,
             shape=value.const_value.shape,  # type: ignore[union-attr,arg-type]
             const_value=value.const_value,

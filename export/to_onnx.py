@@ -11,7 +11,6 @@ import torch
 from onnxscript import ir
 
 from .._version import __version__
-from ..config import ProbePruningConfig
 from ..errors import ExportError, InputError, StateError
 from ..measure.macs import count_macs
 from ..process_settings import own_defaults
@@ -144,7 +143,7 @@ def _check(model: Any, opset: int) -> list[Port]:
 
 
 def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
-    config: ProbePruningConfig = settings_of(model)
+    settings = settings_of(model)
     with guard_lifted(layers_of(model)):  # a graph knows no machine
         macs = count_macs(model, 1, 512)
     card = {
@@ -152,17 +151,17 @@ def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
         "macs": macs.summary + " (1 x 512 tokens)",
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "opset": opset,
-        "mlp": config.mlp_ratio,
-        "attention": config.attention_ratio,
-        "tokens": config.min_select_tokens,
+        "mlp": settings.mlp_ratio,
+        "attention": settings.attention_ratio,
+        "tokens": settings.min_select_tokens,
     }
     return {
         "version": __version__,
         "opset": opset,
         "dtype": card["dtype"],
-        "min_select_tokens": config.min_select_tokens,
+        "min_select_tokens": settings.min_select_tokens,
         "calibrated": bool(ports[0].state.calibrated),
-        "config": config.to_dict(),
+        "config": settings.to_dict(),
         "card": card,
     }
 

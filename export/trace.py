@@ -24,7 +24,6 @@ from .names import (
     COMPACT,
     HISTORY,
     INPUT_IDS,
-    LAYER,
     LOGITS,
     MASK,
     PAST,
@@ -32,6 +31,7 @@ from .names import (
     PRESENT,
     PRESENT_COMPACT,
     PRESENT_HISTORY,
+    TRACED,
     key_values,
     of_group,
 )
@@ -194,7 +194,7 @@ def _export(
         **extra[1],
     }
     standard = [INPUT_IDS, MASK, POSITIONS, *key_values(PAST, layers)]
-    standard += [f"{LAYER}.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
+    standard += [f"{TRACED}.{i}.{name}" for i, tensors in enumerate(weights) for name in tensors]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(

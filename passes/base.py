@@ -55,6 +55,7 @@ class BlockGraph:
     effects = frozenset(
         {
             model_calls.attention,  # gives its weights to who collects them
+            model_calls.pruned_attention,  # likewise, where all heads run
             model_calls.kv_update,
             model_calls.call_module,
             probe.probe_source,

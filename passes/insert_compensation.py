@@ -9,7 +9,7 @@ from .base import BlockGraph, Pass, PassResult
 class InsertCompensation(Pass):
     """What stands in for the dropped units joins the output projection."""
 
-    requires = ("kept", "output")
+    requires = ("state", "rows", "probe_state", "kept", "output")
     ensures = ("compensation",)
 
     def call(self, block: BlockGraph) -> PassResult:

@@ -9,7 +9,7 @@ from .base import BlockGraph, Pass, PassResult
 class InsertHistory(Pass):
     """Update the running statistics from what ran, after the output projection."""
 
-    requires = ("kept", "branch_state")
+    requires = ("state", "rows", "probe_state", "kept", "branch_state", "output")
     ensures = ("history",)
 
     def call(self, block: BlockGraph) -> PassResult:

@@ -9,7 +9,7 @@ from .base import BlockGraph, Pass, PassResult
 class InsertSelection(Pass):
     """Score of every unit from probe and history, then the kept units (or those that the KV cache carries)."""
 
-    requires = ("state", "rows", "probe_state")
+    requires = ("state", "rows", "probe_residual", "probe_state")
     ensures = ("score", "kept")
 
     def call(self, block: BlockGraph) -> PassResult:

@@ -39,7 +39,7 @@ def check_number(
         InputError: it is not.
     """
     interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
         raise error(f"{name}={value!r} is not a finite number; give a number in {interval}")
     if value < low or value > high or (high_open and value == high) or (low_open and value == low):
         raise error(f"{name}={value!r} is out of range; give a number in {interval}")

@@ -91,10 +91,9 @@ def ceil_share(total: Any, fraction: float) -> Any:
     return (total * round(fraction * 1_000_000) + 999_999) // 1_000_000
 
 
-class Branch(NamedTuple):
+class KindSettings(NamedTuple):
     """The fields of `ProbePruningConfig` that the two kinds of groups have each."""
 
-    ratio: float | tuple[float, ...]
     score: str
     compensation: CompensationName | None
 
@@ -250,25 +249,30 @@ class ProbePruningConfig:
             **changes: any other field, for example `round_to=1`.
         """
         heads = ratio if attention_ratio is None else attention_ratio
-        return cls.preset("paper", ratio, heads, **{"round_to": 64, **changes})
+        made: ProbePruningConfig = METHODS["paper"].config(ratio, heads, **{"round_to": 64, **changes})
+        return made
 
     @classmethod
     def preset(
-        cls, name: str, mlp_ratio: float = 0.4, attention_ratio: float = 0.0, **changes: Any
+        cls, name: str, mlp_ratio: float = 0.4, attention_ratio: float | None = None, **changes: Any
     ) -> ProbePruningConfig:
-        """The settings of a pruning method.
+        """The settings of a pruning method, as `pp-fx --preset` takes them.
 
         Args:
-            name: of `pp_fx.methods.METHODS`: "default", "paper", "wanda_sp", "flap", ..
-            mlp_ratio, attention_ratio: as above. A method with a planner (flap) spreads them over the layers where it
-                plans (`pp_fx.compare`); as it stands here all layers share them.
+            name: of `pp_fx.methods.METHODS`: "default", "wanda_sp", "flap", ..; "paper" is `paper()`, with its heads
+                and its `round_to`, which `METHODS["paper"].config()` leaves alone for comparisons.
+            mlp_ratio: as above. A method with a planner (flap) spreads it over the layers where it plans
+                (`pp_fx.compare`); as it stands here all layers share it.
+            attention_ratio: as above; None: 0, of "paper" as `mlp_ratio`.
             **changes: any other field.
 
         Raises:
             ConfigError: an unknown name, or a field is unknown or invalid.
         """
         _choice("preset", name, METHODS)
-        made: ProbePruningConfig = METHODS[name].config(mlp_ratio, attention_ratio, **changes)
+        if name == "paper":
+            return cls.paper(mlp_ratio, attention_ratio, **changes)
+        made: ProbePruningConfig = METHODS[name].config(mlp_ratio, attention_ratio or 0.0, **changes)
         return made
 
     def layer_ratios(self, name: str, layers: int) -> list[float]:
@@ -312,11 +316,11 @@ class ProbePruningConfig:
         open_ = {name: value for name, value in defaults(device)._asdict().items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_) if open_ else self
 
-    def branch(self, kind: Kind) -> Branch:
+    def of_kind(self, kind: Kind) -> KindSettings:
         """What holds for the groups of one kind."""
         if kind == "mlp":
-            return Branch(self.mlp_ratio, self.score, self.mlp_compensation)
-        return Branch(self.attention_ratio, self.attention_score or self.score, self.attention_compensation)
+            return KindSettings(self.score, self.mlp_compensation)
+        return KindSettings(self.attention_score or self.score, self.attention_compensation)
 
     @property
     def reprobes(self) -> bool:

@@ -23,11 +23,14 @@ def check_requirements() -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that figures depend on, by package."""
+    """The versions that figures depend on, by package; torch's own word names its build, too (2.13.0+cpu)."""
+    import torch
+    import transformers
+
     return {
         "pp_fx": __version__,
-        "torch": metadata.version("torch"),
-        "transformers": metadata.version("transformers"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
 

@@ -58,7 +58,7 @@ def start(library: Path, draws: int, seed: int) -> subprocess.CompletedProcess:
 def fuzz(library: Path, draws: int, seed: int) -> Counter:
     """Random calls: what fits must give the operator's definition, what does not must be an error status."""
     sys.path.insert(0, str(ROOT))
-    from tests.test_native_ops import DTYPES, PRODUCTS, expected, run, session
+    from tests.system.test_native_ops import DTYPES, PRODUCTS, expected, run, session
 
     random, counts = np.random.default_rng(seed), Counter()
     kinds = [(op, dtype) for op in PRODUCTS for dtype in DTYPES] + [("Solve", "float32")]

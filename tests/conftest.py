@@ -1,8 +1,10 @@
 """Shared fixtures: tiny random models, and the real embedded one where its package is installed."""
 
+import dataclasses
 import os
 import sys
 
+import filelock
 import hypothesis
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 import pp_fx
 
 from .helpers.device import DEVICE, put_on_device
-from .helpers.models import calibrated_llama, tiny_llama
+from .helpers.models import EXPORTED, calibrated_llama, pruned, tiny_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what one commit passes, it passes again; `make soak` draws anew (--hypothesis-profile=default)
@@ -40,13 +42,34 @@ def ids():
     return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """A pruned tiny Llama and its folder: an export takes half a minute, so all share it and leave it as it is."""
+def shared_export(tmp_path_factory, name, model, worker):
+    """The folder of an export that all processes share: it takes half a minute, so one makes it and the others wait."""
     pytest.importorskip("onnxruntime")
-    model, folder = calibrated_llama(), tmp_path_factory.mktemp("export") / "out"
-    assert pp_fx.export.onnx(model, folder) == folder
-    return model, folder
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker == "master" else base.parent) / f"shared-{name}"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            assert pp_fx.export.onnx(model, folder) == folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, worker_id):
+    """A pruned tiny Llama and its folder; every test leaves both as they are."""
+    model = calibrated_llama()
+    return model, shared_export(tmp_path_factory, "llama", model, worker_id)
+
+
+@pytest.fixture(scope="session")
+def exported_half(tmp_path_factory, worker_id):
+    """The folder of one in half precision, which chooses by its history alone; layers of different widths."""
+    changes = {"probe": None, "freeze_history": True, "mlp_ratio": (0.0, 0.3, 0.5), "attention_ratio": 0.0}
+    model = tiny_llama()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.4)
+    model = pruned(model, dataclasses.replace(EXPORTED, **changes)).half()
+    return shared_export(tmp_path_factory, "half", model, worker_id)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ class UseCompactOps(ir.passes.InPlacePass):
         for node in list(model.graph):
             if node.op_type == "Mul" and (inputs := _swiglu(node)) is not None:
                 _replace(node, "CompactSwiGLU", inputs)
+                modified = True
         return ir.passes.PassResult(model, modified)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxscript import ir
 
-from ..names import LAYER, of_kind
+from ..names import TRACED, of_kind
 from ..outside import Outside
 
 
@@ -34,6 +34,6 @@ class StoreTransposed(ir.passes.InPlacePass):
 
     def _turns(self, node: ir.Node) -> bool:
         source = node.inputs[0] if node.op_type == "Transpose" else None
-        if source is None or not of_kind(source.name, LAYER) or source.producer() is not None:
+        if source is None or not of_kind(source.name, TRACED) or source.producer() is not None:
             return False
         return list(node.attributes["perm"].as_ints()) == [1, 0] and not self.moved(str(source.name))

@@ -17,7 +17,7 @@ from ..runtime.modes import guard_lifted, put_back
 from ..runtime.state import states_of
 from ..text import sequences
 from . import ranks
-from .collect import Statistics
+from .collect import Collected
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -59,7 +59,7 @@ def calibrate(
     if model.training:
         raise StateError("model is in training mode; call model.eval() before calibrate")
     states = [s for s in states_of(model) if s.prunes]
-    statistics = [Statistics(state) for state in states]
+    statistics = [Collected(state) for state in states]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     with put_back(states, "collector", mode="calibrate"):
         for state, found in zip(states, statistics, strict=True):
@@ -80,7 +80,7 @@ def calibrate(
     return model
 
 
-def _run(model: Any, statistics: list[Statistics], batches: Any, device: Any, progress: bool) -> int:
+def _run(model: Any, statistics: list[Collected], batches: Any, device: Any, progress: bool) -> int:
     """Dense forward passes that add to the statistics; how many batches there were."""
     count = 0
     for index, batch in enumerate(track(batches, "calibrate", progress)):

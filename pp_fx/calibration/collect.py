@@ -15,7 +15,7 @@ from .gram_sums import gram_of_sums, gram_sums
 from .padding import add_padded
 
 
-class Statistics:
+class Collected:
     """Sums over calibration batches, and what they make of a history (`runtime.state.Collector`).
 
     Attributes:

@@ -1,6 +1,6 @@
 """Data parallel work under torch.distributed (torchrun, accelerate): every process has the whole model, and its share.
 
-Statistics are merged as sums, not as averages of averages, so the ranks end with one history: that of all batches.
+Collected are merged as sums, not as averages of averages, so the ranks end with one history: that of all batches.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .options import (
     Preset,
     SkipLayers,
     calibration_of,
+    check_calibrated,
     check_fit,
     console_for,
     dtype_of,
@@ -56,6 +57,7 @@ def eval_command(
     console = console_for(json_file)
     settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     dtype_of(dtype)
+    check_calibrated(settings, calibration)
     texts = {"text": read(text)}
     if calibration is not None:
         texts["calibration"] = read(calibration, "calibration")

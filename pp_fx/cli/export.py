@@ -28,6 +28,7 @@ from .options import (
     Preset,
     SkipLayers,
     calibration_of,
+    check_calibrated,
     check_fit,
     console_for,
     read_settings,
@@ -60,6 +61,7 @@ def export_command(
     sample = None if calibration == "none" else read(calibration, "calibration")
     if saved_settings(load_config(model)) is None:
         check_fit(settings, model)
+        check_calibrated(settings, calibration)
     loaded, tokenizer = load(model, torch.float32)
     if is_transformed(loaded):
         if (mlp_ratio, attention_ratio, skip_layers, preset, config) != (None, None, None, "default", None):

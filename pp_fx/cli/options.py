@@ -32,7 +32,7 @@ AttentionRatio = Annotated[
 ]
 SkipLayers = Annotated[int | None, typer.Option(help="The first so many layers stay dense; of the preset: 3.")]
 PRESETS = [name for name, method in METHODS.items() if method.planner is None]
-"""Methods whose settings are complete as they stand; one with a planner needs calibration text (`pp-fx compare`)."""
+"""Methods whose ratios are as they were asked for; one with a planner spreads them (`pp-fx compare`)."""
 Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; paper: the authors' settings, attention heads too.")]
 Config = Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")]
@@ -55,10 +55,17 @@ def read_settings(
             raise InputError(f"config={config!r} and preset={preset!r} exclude each other; give one of them")
         base = ProbePruningConfig.from_json(_json_file(config)).to_dict()
         return ProbePruningConfig.from_dict({**base, **given})
-    if preset == "paper":
-        ratio = given.pop("mlp_ratio", 0.4)
-        return ProbePruningConfig.paper(ratio, **given)
     return ProbePruningConfig.preset(preset, **given)
+
+
+def check_calibrated(config: ProbePruningConfig, calibration: str | None) -> None:
+    """What chooses by the history alone needs one, before anything long begins.
+
+    Raises:
+        InputError: there is none.
+    """
+    if config.probe is None and calibration in (None, "none"):
+        raise InputError(f"calibration={calibration!r} leaves probe=None nothing to choose by; give a text")
 
 
 def check_fit(config: ProbePruningConfig, model: str) -> None:

@@ -105,7 +105,7 @@ def _probe_macs(group: Group, weights: dict[str, float], settings: ProbePruningC
     queries = group.kind == "attention" and settings.probe is not None and settings.probe.attention == "queries"
     read = group.inputs if queries else group.read
     macs = rows * sum(weights[path] * (p.share if queries else 1) for path, p in {p.path: p for p in read}.items())
-    if group.kind == "attention" and SCORES[settings.branch(group.kind).score].gram:
+    if group.kind == "attention" and SCORES[settings.of_kind(group.kind).score].gram:
         output = weights[group.output.path]
         macs += min(rows, settings.compensation_rows) * (output + group.units * output / group.width)
     return macs
@@ -115,7 +115,7 @@ def _compensation_macs(
     group: Group, weight: float, kept: int, settings: ProbePruningConfig, rows: int, tokens: int
 ) -> float:
     """MACs of one batch for what stands in for the dropped units; `weight` is that of the output projection."""
-    name = settings.branch(group.kind).compensation
+    name = settings.of_kind(group.kind).compensation
     if name is None:
         return 0.0
     if name != "least_squares" or tokens < (settings.compensation_min_tokens or 0):

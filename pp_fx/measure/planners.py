@@ -32,7 +32,9 @@ def plan_ratios(name: str, model: nn.Module, config: ProbePruningConfig, batches
         batches: int64 [M, T], calibration text.
     """
     planner = METHODS[name].planner
-    return config if planner is None else PLANNERS[planner](model, config, batches)
+    if planner is None:
+        return config
+    return (planner if callable(planner) else PLANNERS[planner])(model, config, batches)
 
 
 def one_threshold(model: nn.Module, config: ProbePruningConfig, batches: Any) -> ProbePruningConfig:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
 Planner = Literal["one_threshold"]
 
 
@@ -18,15 +20,16 @@ class Method:
         summary: one line.
         paper: link to where it comes from.
         settings: fields of ProbePruningConfig that make it, as JSON types.
-        planner: who spreads the ratios over the layers before the model is transformed, by its name in
-            `pp_fx.measure.planners`; None where the layers share one ratio.
+        planner: who spreads the ratios over the layers before the model is transformed: a name in
+            `pp_fx.measure.planners`, or (untransformed model, configuration, calibration batches) -> configuration with
+            a ratio for every layer; None where the layers share one ratio.
     """
 
     name: str
     summary: str
     paper: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    planner: Planner | None = None
+    planner: Planner | Callable[[nn.Module, Any, Any], Any] | None = None
 
     configure: ClassVar[Callable[[dict[str, Any]], Any]]
     """ProbePruningConfig.from_dict; `pp_fx.config`, which stands on this module, puts it here."""

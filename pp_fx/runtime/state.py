@@ -12,7 +12,7 @@ from ..config import Kind, ProbePruningConfig
 from ..methods import SCORES
 from .names import rows_name
 
-HISTORY = {"energy": True, "mean": True, "directions": False, "gram": True, "seen": True}
+HISTORY_BUFFERS = {"energy": True, "mean": True, "directions": False, "gram": True, "seen": True}
 """Buffers of a GroupState that are its history, and whether prompts update them or calibration alone."""
 
 
@@ -76,8 +76,7 @@ class GroupState(nn.Module):
         self.reprobes = settings.reprobes and reprobes and self.prunes
         self.holds_compact = settings.decode != "dense"
         self.mode: Literal["run", "frozen", "calibrate"] = "frozen" if settings.freeze_history else "run"
-        branch = settings.branch(kind)
-        self.score, self.compensation = branch.score, branch.compensation
+        self.score, self.compensation = settings.of_kind(kind)
         self.collector: Collector | None = None
         columns = units * width
         device = weight.device
@@ -127,15 +126,9 @@ class GroupState(nn.Module):
             return kept
         return (kept[:, None] * self.width + torch.arange(self.width, device=kept.device)).flatten()
 
-    def reset_history(self) -> None:
-        """Forget: the next batch starts the history anew."""
-        self.calibrated = False
-        for tensor in self.history().values():
-            tensor.zero_()
-
     def history(self, learned: bool = False) -> dict[str, Tensor]:
         """The buffers that are the history, by name; `learned`: those alone that prompts update."""
-        found = {name: self._buffers[name] for name, learns in HISTORY.items() if learns or not learned}
+        found = {name: self._buffers[name] for name, learns in HISTORY_BUFFERS.items() if learns or not learned}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupState:

@@ -12,6 +12,7 @@ from pp_fx.passes import BlockGraph
 from pp_fx.rewrite.layer import compile_graph, layers_of
 from pp_fx.runtime import model_calls
 from pp_fx.runtime.selections import selections_on
+from pp_fx.runtime.state import states_of
 from tests.helpers.families import VOCABULARY, build
 from tests.helpers.zeroed import transformed
 
@@ -98,7 +99,16 @@ def test_whatever_writes_is_declared_and_whatever_is_declared_writes():
             found |= writers(pruned(family, changes), own=False)
         found |= writers(pruned(family, {}), own=True)
     # attention gives its weights to hooks, which nothing of the state shows
-    assert found == {f.__name__ for f in BlockGraph.effects - {model_calls.attention}}
+    attentions = {model_calls.attention, model_calls.pruned_attention}
+    assert found == {f.__name__ for f in BlockGraph.effects - attentions}
+
+
+def test_attention_that_is_asked_for_its_weights_does_more_than_return_a_value():
+    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=0)
+    model = transformed(build("Llama", "eager"), config)
+    targets = {node.target for layer in layers_of(model) for node in layer.graph.nodes}
+    assert targets & BlockGraph.effects >= {model_calls.pruned_attention}
+    assert len(model(IDS, output_attentions=True).attentions) == len(layers_of(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,6 +131,8 @@ def test_equal_calls_may_be_merged_and_dead_ones_dropped(family, name):
             )
         layer.__class__ = merged[type(layer)]
     assert torch.equal(run(again), expected)
+    for one, other in zip(states_of(again), states_of(model), strict=True):
+        assert all(map(torch.equal, one.history().values(), other.history().values()))
 
 
 def doubled(graph):

@@ -98,7 +98,7 @@ def test_the_kernels_on_a_gpu(rows, hidden, channels, data):
 def test_the_kernels_in_tritons_interpreter():
     """In a process of its own: Triton decides at import whether it interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.test_kernels"]
+    command = [sys.executable, "-m", "tests.behaviour.test_kernels"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

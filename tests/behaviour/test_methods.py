@@ -10,7 +10,8 @@ import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import ConfigError, InputError, StateError
 from pp_fx.macs import count_macs
-from pp_fx.methods import METHODS
+from pp_fx.measure.planners import plan_ratios
+from pp_fx.methods import METHODS, Method
 from pp_fx.rewrite.layer import layers_of
 
 SAME = {"skip_layers": 1, "round_to": 1, "ratio_digits": None}
@@ -53,9 +54,7 @@ def test_the_first_pruned_layer_keeps_what_the_formula_says(llama, ids, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_prunes_mlp_and_attention_alike(llama, ids, name):
-    config = METHODS[name].config(0.3, 0.4, **SAME)
-    if METHODS[name].plan is not None:
-        config = METHODS[name].plan(llama, config, ids)
+    config = plan_ratios(name, llama, METHODS[name].config(0.3, 0.4, **SAME), ids)
     pp_fx.calibrate(pp_fx.transform(llama, config), ids, progress=False)
     macs, static = count_macs(llama, *ids.shape), config.probe is None
     assert macs.ideal == pytest.approx(0.8, abs=0.07)
@@ -80,11 +79,18 @@ def test_flap_moves_channels_between_layers_within_the_budget(llama, ids):
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[:60] *= 0.01  # channels that hardly move
     config = METHODS["flap"].config(0.4, **SAME)
-    planned = METHODS["flap"].plan(llama, config, ids)
+    planned = plan_ratios("flap", llama, config, ids)
     assert not pp_fx.is_transformed(llama)
     assert planned.mlp_ratio[0] == 0
     assert planned.mlp_ratio[1] > planned.mlp_ratio[2]
     assert sum(planned.mlp_ratio) / 3 == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_method_may_bring_its_own_planner(llama, monkeypatch):
+    given = []
+    monkeypatch.setitem(METHODS, "mine", Method("mine", "", "", planner=lambda *all: given.append(all) or "planned"))
+    assert plan_ratios("mine", llama, "config", "batches") == "planned"
+    assert given == [(llama, "config", "batches")]
 
 
 def test_ratios_by_layer_round_trip_and_are_checked(llama, ids):
@@ -124,7 +130,7 @@ def test_allocate_by_time_spends_more_where_time_is_won(llama, ids, monkeypatch)
     base = pp_fx.ProbePruningConfig(round_to=1, skip_layers=0)
 
     def seconds(model, states, sizes, ids):
-        timed = [size * (10 if s.name == "attention" else 1) for s, size in zip(states, sizes, strict=True)]
+        timed = [size * (10 if s.kind == "attention" else 1) for s, size in zip(states, sizes, strict=True)]
         return sum(timed), timed
 
     by_macs = pp_fx.allocate(llama, 0.2, ids, config=base, held_out=1, progress=False)

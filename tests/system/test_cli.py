@@ -216,3 +216,14 @@ def test_a_configuration_of_something_else(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path), "--text", "python-docs"])
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("eval", "--text", "python-docs"), ("export", "out", "--calibration", "none")], ids=lambda a: a[0]
+)
+def test_a_static_preset_asks_for_calibration_before_anything_long(folder, arguments, monkeypatch):
+    monkeypatch.setattr("pp_fx.models.AutoModelForCausalLM", None)
+    command, *rest = arguments
+    result = run(command, folder, *rest, "--preset", "wanda_sp", "--mlp-ratio", "0.2", "--skip-layers", "1")
+    assert "calibration=" in str(result.exception)
+    assert "give a text" in str(result.exception)

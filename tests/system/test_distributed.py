@@ -63,7 +63,7 @@ def torchrun(*command, check=True):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "paper")) for n in CONFIGS])
 def test_two_processes_end_with_the_history_and_numbers_of_one(name, tmp_path):
-    torchrun("-m", "tests.test_distributed", name, tmp_path)
+    torchrun("-m", "tests.system.test_distributed", name, tmp_path)
     losses, history = work(name)
     for rank in range(2):
         found, merged = torch.load(tmp_path / str(rank))
@@ -90,7 +90,7 @@ def test_the_command_line_under_torchrun(folder, tmp_path):
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):
-    done = torchrun("-m", "tests.test_distributed", "wrong", tmp_path, check=False)
+    done = torchrun("-m", "tests.system.test_distributed", "wrong", tmp_path, check=False)
     assert done.returncode != 0
     assert "token id 1000, out of range" in done.stderr
     assert "rank 1 failed" in done.stderr
@@ -98,7 +98,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
 
 def test_tensor_parallel_is_refused_by_name(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
-    torchrun("-m", "tests.test_distributed", "parallel", tmp_path)
+    torchrun("-m", "tests.system.test_distributed", "parallel", tmp_path)
     for rank in range(2):
         message = (tmp_path / f"refused-{rank}").read_text()
         assert "is distributed (tensor parallel" in message

@@ -41,3 +41,12 @@ def test_the_commands_of_the_pages_exist():
     for page in DOCS.glob("*.md"):
         for name in re.findall(r"(?:^|`)pp-fx ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
             assert name in commands, f"{page.name}: pp-fx {name}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/architecture.md", "docs/reliability.md"])
+def test_the_files_that_a_page_names_exist(page):
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:pp_fx|passes|export|tests|docs|benchmarks|reliability|examples)/[\w./-]*)`", text)
+    assert named or page == "README.md"
+    for path in named:
+        assert (DOCS.parent / path).exists(), path

@@ -228,11 +228,10 @@ def test_biases_and_fused_weights(family, tmp_path):
     [
         {"decode": "dense", "mlp_compensation": None, "attention_compensation": None},
         pytest.param({"history": None, "attention_ratio": 0.0, "mlp_compensation": "mean"}, marks=pytest.mark.slow),
-        {"probe": None, "freeze_history": True, "mlp_ratio": (0.0, 0.3, 0.5), "attention_ratio": 0.0},
     ],
 )
 def test_other_configurations(changes, tmp_path):
-    """Layers of different widths are different kinds; a static method, no history, dense decoding."""
+    """No history, dense decoding; `exported_half` is a static method with layers of different widths."""
     config = pp_fx.ProbePruningConfig.from_dict({**EXPORTED.to_dict(), **changes})
     pp_fx.export.onnx(pruned(tiny_llama(), config), tmp_path / "out")
     found = check(tmp_path / "out")
@@ -240,13 +239,8 @@ def test_other_configurations(changes, tmp_path):
     assert found.difference < 1e-4
 
 
-def test_half_precision(tmp_path):
-    model = tiny_llama()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(0.4)
-    pp_fx.export.onnx(pruned(model).half(), tmp_path / "out")
-    found = check(tmp_path / "out")
+def test_half_precision(exported_half):
+    found = check(exported_half)
     assert found.passed
     assert found.difference < 5e-3
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-import pp_fx
 from pp_fx.errors import InputError
+from pp_fx.integrations.hf_config import saved_settings
 from pp_fx.models import EMBEDDED, embedded_folder, load, load_config
 from pp_fx.rewrite.layer import config_of
 from tests.system.test_saving import CONFIG_HERE, logits, pruned
@@ -22,7 +22,7 @@ def test_a_classifier_is_refused(folder, tmp_path):
 
 
 def test_a_gguf_file_is_read_as_the_embedded_model_is(monkeypatch):
-    """The embedded model is such a file: tests/test_smollm2.py runs it."""
+    """The embedded model is such a file: tests/system/test_smollm2.py runs it."""
     pytest.importorskip("gguf", reason="needs gguf")
     try:
         file = next(embedded_folder().glob("*.gguf"))
@@ -46,4 +46,4 @@ def test_a_pruned_folder_comes_back_pruned(folder, tmp_path, ids, apart):
     assert config_of(again) == config_of(model) == CONFIG_HERE
     for a, b in zip(logits(again, ids), logits(model, ids), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert pp_fx.hf_quantizer.saved_settings(load_config(str(tmp_path))) == CONFIG_HERE
+    assert saved_settings(load_config(str(tmp_path))) == CONFIG_HERE

@@ -14,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-import pp_fx
 from pp_fx.errors import ExportError, InputError
 from pp_fx.export import OrtModel, build_ort_ops, check, native_ops
 from pp_fx.export.functions import DOMAIN, FUNCTIONS
-from tests.helpers.models import calibrated_llama
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -147,11 +145,9 @@ def test_shapes_that_do_not_fit_are_an_error_status(library, op):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_model_gives_the_same_text_with_and_without_the_library(library, exported, tmp_path, half):
+def test_a_model_gives_the_same_text_with_and_without_the_library(library, exported, exported_half, half):
     ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(3))
-    folder = exported[1]
-    if half:
-        folder = pp_fx.export.onnx(calibrated_llama(layers=2).half(), tmp_path / "out")
+    folder = exported_half if half else exported[1]
     native, body = (OrtModel.from_pretrained(folder, ops_library=x) for x in (library, None))
     tolerance = 2e-2 if half else 1e-4
     cache, other = (m(ids).past_key_values for m in (native, body))

@@ -30,10 +30,13 @@ def test_the_wheel_holds_every_source(wheel):
     for prefix, folder in PLACES.items():
         for path in (*folder.rglob("*.py"), *folder.rglob("native/*"), *folder.glob("py.typed")):
             part = path.relative_to(folder).as_posix()
-            if prefix == "pp_fx" and part.startswith(("passes/", "export/", "optimum_commands/")):
+            if prefix == "pp_fx" and part.startswith(("passes/", "export/", "integrations/optimum/")):
                 continue
             assert f"{prefix}/{part}" in names, f"{prefix}/{part}"
     assert "optimum/commands/register/register_pp_fx.py" in names
+    sources = {f"{p}/{path.relative_to(f).as_posix()}" for p, f in PLACES.items() for path in f.rglob("*.py")}
+    modules = {name for name in names if name.startswith("pp_fx/") and name.endswith(".py")}
+    assert modules <= sources, "modules that are gone from the checkout"
     tops = {name.split("/")[0] for name in names}
     assert tops == {"pp_fx", "pp_fx_command.py", "optimum", f"pp_fx-{pp_fx.__version__}.dist-info"}, (
         "no bare `passes` or `export`"

@@ -4,6 +4,7 @@ import pytest
 
 from pp_fx import ProbeConfig, ProbePruningConfig
 from pp_fx.errors import ConfigError
+from pp_fx.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,16 @@ def test_layer_ratio_is_the_mean_over_all_layers():
 @pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 2), (64, 2), (81, 3), (512, 13), (1000, 25), (1001, 26)])
 def test_probe_budget(length, positions):
     assert ProbeConfig().positions(length) == positions
+
+
+def test_a_preset_is_what_the_command_line_takes():
+    assert ProbePruningConfig.preset("default", 0.2) == ProbePruningConfig(mlp_ratio=0.2)
+    assert ProbePruningConfig.preset("paper") == ProbePruningConfig.paper()
+    assert ProbePruningConfig.preset("paper", 0.3, 0.1, skip_layers=1) == ProbePruningConfig.paper(
+        0.3, 0.1, skip_layers=1
+    )
+    for name, method in METHODS.items():
+        if name != "paper":
+            assert ProbePruningConfig.preset(name, 0.3, 0.1) == method.config(0.3, 0.1)
+    with pytest.raises(ConfigError, match="preset='papr' is unknown; choose one of 'default', 'paper'"):
+        ProbePruningConfig.preset("papr")

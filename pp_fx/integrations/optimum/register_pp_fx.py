@@ -13,7 +13,7 @@ _OPTIONS = {
     "--mlp-ratio": "share of MLP channels dropped (default 0.4)",
     "--attention-ratio": "share of query heads dropped (default 0)",
     "--skip-layers": "the first so many layers stay dense (default 3)",
-    "--preset": "default or paper",
+    "--preset": "default, paper or another method",
     "--config": "JSON file of a ProbePruningConfig",
     "--calibration": "UTF-8 file of sample text, or none",
     "--dtype": "float32 or float16",

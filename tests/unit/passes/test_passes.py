@@ -131,8 +131,30 @@ def test_a_pass_that_does_not_keep_its_promise_is_named_with_those_before_it(lla
     assert caught.value.__notes__ == [f"in the graph pass Forgetful, after {before}"]
 
 
-def test_every_role_that_a_pass_needs_is_promised_by_one_before_it():
-    there = set()
+class Roles(dict):
+    """Nodes by role, with the roles that somebody read before they were set by the same pass."""
+
+    def __init__(self, nodes):
+        super().__init__(nodes)
+        self.read, self.set = set(), set()
+
+    def __getitem__(self, role):
+        if role not in self.set:
+            self.read.add(role)
+        return super().__getitem__(role)
+
+    def __setitem__(self, role, node):
+        self.set.add(role)
+        super().__setitem__(role, node)
+
+
+def test_a_pass_reads_the_roles_that_it_says_and_an_earlier_one_promises_them(llama):
+    block, there = BlockGraph(captured(llama)), set()
     for step in probe_pruning().passes:
+        for inserted in block.inserted:
+            inserted.nodes = Roles(inserted.nodes)
+        step(block)
+        looked = [inserted.nodes.read for inserted in block.inserted if isinstance(inserted.nodes, Roles)]
+        assert set().union(*looked) == set(step.requires), type(step).__name__
         assert set(step.requires) <= there, type(step).__name__
         there |= set(step.ensures)
