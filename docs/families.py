@@ -32,9 +32,9 @@ from tests.helpers.zeroed import PRUNED, layers_of, transformed  # noqa: E402
 TEXT = f"""# Decoder families
 
 Made by `python docs/families.py` with torch {torch.__version__.split("+")[0]} and \
-transformers {transformers.__version__}; `make families` tests the same, and the test suite one family of each kind. Support comes
-from the structure of a layer, not from its name: a family that is not here works if its layers are built like
-one that is. `pp-fx explain` tells it of any model from its configuration alone.
+transformers {transformers.__version__}; `make families` tests the same, and the test suite one family of each
+kind. Support comes from the structure of a layer, not from its name: a family that is not here works if its layers
+are built like one that is. `pp-fx explain` tells it of any model from its configuration alone.
 
 - *exact at 0*: with ratio 0, logits and generated tokens are bit for bit those of the untransformed model, with and
   without left padding.

@@ -128,7 +128,7 @@ FAULTS = (
         "pp_fx/rewrite/layer.py",
         "def _refresh_after_load(layer: Any, _incompatible: Any) -> None:\n    layer.refresh()",
         "def _refresh_after_load(layer: Any, _incompatible: Any) -> None:\n    pass",
-        "tests/system/test_saving.py tests/unit/rewrite/test_transform.py",
+        "tests/system/test_saving.py tests/behaviour/test_transform.py",
     ),
     Fault(
         "compensation forgotten",
@@ -149,7 +149,7 @@ FAULTS = (
         "pp_fx/rewrite/layer.py",
         "_lay_out(self.get_parameter(path))  # type: ignore[attr-defined]",
         "pass",
-        "tests/system/test_saving.py tests/unit/rewrite/test_transform.py",
+        "tests/system/test_saving.py tests/behaviour/test_transform.py",
     ),
     Fault(
         "decoding multiplies with the prompt's whole weight",

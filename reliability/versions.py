@@ -31,11 +31,11 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "versions.json"
 TESTS = (
-    "unit/rewrite/test_transform", "behaviour/test_bypassed", "behaviour/test_cache", "behaviour/test_reference",
+    "behaviour/test_transform", "behaviour/test_bypassed", "behaviour/test_cache", "behaviour/test_reference",
     "families/test_families", "system/test_saving", "system/test_export",
 )  # fmt: skip
 TORCH_TESTS = (
-    "behaviour/test_compile", "behaviour/test_cuda_graphs", "unit/rewrite/test_transform", "behaviour/test_kernels",
+    "behaviour/test_compile", "behaviour/test_cuda_graphs", "behaviour/test_transform", "behaviour/test_kernels",
     "behaviour/test_cache", "behaviour/test_decode", "behaviour/test_generate", "behaviour/test_compact",
     "families/test_families", "system/test_export",
 )  # fmt: skip
