@@ -25,8 +25,8 @@ quick: $(READY)
 	$(PYTEST) tests/unit
 
 # All tests but those marked slow or gpu; the runners of examples/javascript are skipped where there is no npm.
-test: $(READY) $(if $(shell command -v npm),$(NODE))
-	$(PYTEST)
+test: quick $(if $(shell command -v npm),$(NODE))
+	$(PYTEST) --ignore=tests/unit
 
 $(NODE): examples/javascript/package.json
 	-cd examples/javascript && npm install --ignore-scripts --no-audit --no-fund && touch node_modules/.ready

@@ -22,7 +22,7 @@ CONFIGS = {
     "sticky": {},
     "least squares": {"compensation_min_tokens": 1},
     "mlp": {"attention_ratio": 0.0},
-    "heads": {"mlp_ratio": 0.0, "attention_ratio": 0.5},
+    "heads": {"mlp_ratio": 0.0, "attention_ratio": 0.4},
     "no compact weights": {"compact_megabytes": 0},
     "re-probe": {"decode": "probe", "reprobe_every": 3},
     "drift": {"drift_threshold": 0.9, "reprobe_every": 3},
@@ -49,7 +49,7 @@ def _fresh_dynamo():
 
 
 def transformed(**changes):
-    return pp_fx.transform(tiny_llama(layers=3), pp_fx.ProbePruningConfig(**{**SETTINGS, **changes}))
+    return pp_fx.transform(tiny_llama(layers=2), pp_fx.ProbePruningConfig(**{**SETTINGS, **changes}))
 
 
 def compiled(model):
@@ -118,7 +118,7 @@ def serve(changes, prompts, ids):
 
 def test_the_backend_overwrites(ids):
     """The stock model passes; a step that reads what an earlier compiled call made does not."""
-    model = tiny_llama()
+    model = tiny_llama(layers=2)
     assert torch.equal(greedy(model, compiled(model), ids, static(model)), greedy(model, model, ids, static(model)))
     held = []
 
@@ -157,7 +157,7 @@ def test_generates_own_compilation_counts_as_many_graphs_as_dense(packed):
     """generate() runs the prompt uncompiled and compiles decoding: one decode graph, for every prompt."""
     settings = CompileConfig(fullgraph=True, backend=overwriting, mode=None, dynamic=False)
     settings._compile_all_devices = True
-    dense, pruned = tiny_llama(layers=3), transformed()
+    dense, pruned = tiny_llama(layers=2), transformed()
     graphs = []
     for model in (dense, pruned):
         torch._dynamo.reset()
@@ -224,7 +224,7 @@ def test_reserve_changes_neither_the_history_nor_the_cache(ids):
 def test_what_reserve_cannot_serve_is_refused(ids):
     model, other = transformed(), transformed(mlp_ratio=0.3)
     with pytest.raises(StateError, match="not transformed"):
-        reserve(tiny_llama(), static(model), 3)
+        reserve(tiny_llama(layers=2), static(model), 3)
     with pytest.raises(InputError, match="batch=0"):
         reserve(model, static(model), 0)
     with pytest.raises(InputError, match="cache=dict"):
@@ -282,7 +282,7 @@ def test_a_prompt_under_cuda_graphs_asks_for_its_memory(reserved, ids, monkeypat
     cache = static(model)
     got = torch.compile(model, backend="eager")(ids, past_key_values=cache).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert selections_on(cache).layers[2]["mlp"].output is not None
+    assert selections_on(cache).layers[1]["mlp"].output is not None
 
 
 def test_an_emptied_cache_follows_the_model_to_another_dtype(packed, ids):
@@ -293,7 +293,7 @@ def test_an_emptied_cache_follows_the_model_to_another_dtype(packed, ids):
         with torch.no_grad():
             expected = model(ids, past_key_values=DynamicCache()).logits
             assert torch.equal(model(ids, past_key_values=cache).logits, expected)
-        assert selections_on(cache).layers[2]["mlp"].output.weight.dtype == dtype
+        assert selections_on(cache).layers[1]["mlp"].output.weight.dtype == dtype
         cache = copy.deepcopy(cache)  # its own memory, of this dtype
         cache.layers = DynamicCache().layers
 
@@ -302,7 +302,7 @@ def test_a_forgotten_cache_selects_anew_in_the_same_memory(packed, ids):
     model = transformed()
     cache = static(model)
     greedy(model, model, ids, cache)
-    address = selections_on(cache).layers[2]["mlp"].kept.data_ptr()
+    address = selections_on(cache).layers[1]["mlp"].kept.data_ptr()
     cache.reset()
     forget(cache)
     step = compiled(model)
@@ -310,4 +310,4 @@ def test_a_forgotten_cache_selects_anew_in_the_same_memory(packed, ids):
         begin()
         got = step(ids[:, :1], past_key_values=cache).logits.clone()
         assert torch.equal(got, model(ids[:, :1], past_key_values=static(model)).logits)
-    assert selections_on(cache).layers[2]["mlp"].kept.data_ptr() == address
+    assert selections_on(cache).layers[1]["mlp"].kept.data_ptr() == address

@@ -69,7 +69,9 @@ def test_the_operators_are_registered_as_compilers_need_them():
         torch.library.opcheck(gather_output, (torch.randn(3, 3), laid, kept))
 
 
-@pytest.mark.parametrize("changes", [{}, {"bias": True}, {"heads": 4, "kv_heads": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"bias": True}, *(pytest.param(c, marks=pytest.mark.slow) for c in ({}, {"kv_heads": 4}))]
+)
 def test_a_model_gives_the_same_with_products_in_place(ids, changes):
     """Up to `kernel_rows` rows; larger calls copy the rows as before."""
     made = []

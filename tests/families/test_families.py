@@ -24,6 +24,7 @@ from tests.helpers.zeroed import PRUNED, transformed
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 DISTINCT = ["Llama", "Gemma2", "OLMo2", "OPT", "Phi3", "GPT-NeoX", "GPT-2", "GPT-J", "Bloom", "Mixtral"]
 """One family for every way to find the channels; the others are marked slow (`make families` runs them all)."""
+COMPILED = ["Llama", "Phi3", "GPT-2", "Bloom", "Mixtral"]
 NAMES = [pytest.param(name, marks=[] if name in DISTINCT else pytest.mark.slow) for name in FAMILIES]
 
 
@@ -75,7 +76,7 @@ def test_the_selection_is_the_papers(name):
     selects_like_the_paper(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in COMPILED else pytest.mark.slow) for n in FAMILIES])
 def test_a_static_cache_under_compile_gives_the_same(name):
     if FAMILIES[name].static:
         static_and_compiled(name)

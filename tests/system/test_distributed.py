@@ -89,20 +89,17 @@ def test_the_command_line_under_torchrun(folder, tmp_path):
     assert done.stdout.count("block MACs") == 1, "one rank reports"
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path):
-    done = torchrun("-m", "tests.system.test_distributed", "wrong", tmp_path, check=False)
-    assert done.returncode != 0
-    assert "token id 1000, out of range" in done.stderr
-    assert "rank 1 failed" in done.stderr
-
-
-def test_tensor_parallel_is_refused_by_name(tmp_path):
+def test_refusals_and_errors_reach_all_ranks(tmp_path):
+    """A tensor parallel model is refused by name; an error on one rank ends all."""
     tiny_llama().save_pretrained(tmp_path / "model")
-    torchrun("-m", "tests.system.test_distributed", "parallel", tmp_path)
+    done = torchrun("-m", "tests.system.test_distributed", "refused", tmp_path, check=False)
     for rank in range(2):
         message = (tmp_path / f"refused-{rank}").read_text()
         assert "is distributed (tensor parallel" in message
         assert "pp_fx.calibrate" in message
+    assert done.returncode != 0
+    assert "token id 1000, out of range" in done.stderr
+    assert "rank 1 failed" in done.stderr
 
 
 def test_one_process_is_a_world_of_its_own():
@@ -136,10 +133,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     with processes() as here:
-        if sys.argv[1] == "wrong":
-            broken = pp_fx.transform(tiny_llama(), CONFIGS["default"])
-            pp_fx.calibrate(broken, torch.full((2, 8), 1000 if here else 5), progress=False)
-        if sys.argv[1] == "parallel":
+        if sys.argv[1] == "refused":
             whole = Path(sys.argv[2], "model")
             model = AutoModelForCausalLM.from_pretrained(
                 whole, distributed_config=DistributedConfig(tp_plan="auto"), local_files_only=True
@@ -148,5 +142,6 @@ if __name__ == "__main__":
                 pp_fx.transform(model.eval(), CONFIGS["default"])
             assert not pp_fx.is_transformed(model)
             Path(sys.argv[2], f"refused-{here}").write_text(str(refused.value))
-            sys.exit()
+            broken = pp_fx.transform(tiny_llama(), CONFIGS["default"])
+            pp_fx.calibrate(broken, torch.full((2, 8), 1000 if here else 5), progress=False)
         torch.save(work(sys.argv[1]), Path(sys.argv[2]) / str(here))

@@ -17,6 +17,7 @@ def run(script, *options):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_py_measures_every_side_and_writes_as_it_goes(tmp_path):
     out = tmp_path / "gpu"
     options = ("--device", "cpu", "--backend", "eager", "--tiny", "--out", out)
