@@ -15,16 +15,16 @@ from .calibration.calibrate import calibrate
 from .config import ProbeConfig, ProbePruningConfig
 from .integrations import register
 from .integrations.hf_config import ProbePruningHfConfig
-from .measure.allocate import allocate
-from .measure.compare import compare
-from .measure.explain import explain
-from .measure.report import report
 from .rewrite.layer import is_transformed
 from .rewrite.transform import restore, transform
 from .runtime.modes import history_frozen
 
 if TYPE_CHECKING:
     from . import bench, cache, evaluate, export, macs, models, text  # noqa: F401
+    from .measure.allocate import allocate
+    from .measure.compare import compare
+    from .measure.explain import explain
+    from .measure.report import report
 
 __all__ = [
     "ProbeConfig",
@@ -48,8 +48,14 @@ register()
 _FACES = ("bench", "cache", "evaluate", "export", "macs", "models", "text")
 
 
+_MEASURES = ("allocate", "compare", "explain", "report")
+"""Functions of the files of these names in `measure`."""
+
+
 def __getattr__(name: str) -> Any:
-    """`pp_fx.cache`, `pp_fx.export`, .. on first use: a plain `import pp_fx` loads nothing of onnx."""
+    """What a plain `import pp_fx` need not load: `pp_fx.cache`, `pp_fx.export`, `pp_fx.explain`, .., on first use."""
     if name in _FACES:
         return importlib.import_module(f".{name}", __name__)
+    if name in _MEASURES:
+        return getattr(importlib.import_module(f".measure.{name}", __name__), name)
     raise AttributeError(f"module {__name__} has no attribute {name!r}")
