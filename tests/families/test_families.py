@@ -25,6 +25,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 DISTINCT = ["Llama", "Gemma2", "OLMo2", "OPT", "Phi3", "GPT-NeoX", "GPT-2", "GPT-J", "Bloom", "Mixtral"]
 """One family for every way to find the channels; the others are marked slow (`make families` runs them all)."""
 COMPILED = ["Llama", "Phi3", "GPT-2", "Bloom", "Mixtral"]
+"""Those whose compiled decoding differs in kind: dynamo takes longest."""
 NAMES = [pytest.param(name, marks=[] if name in DISTINCT else pytest.mark.slow) for name in FAMILIES]
 
 
