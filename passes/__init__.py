@@ -10,6 +10,7 @@ from .insert_compensation import InsertCompensation
 from .insert_history import InsertHistory
 from .insert_probe import InsertProbe
 from .insert_selection import InsertSelection
+from .insert_step import InsertStep
 from .normalize_linears import NormalizeLinears
 
 
@@ -23,6 +24,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
             FindChannelGroups(),
             InsertProbe(whole_keys=config.probe is None or config.probe.attention == "queries"),
             InsertSelection(),
+            *([InsertStep()] if config.steps else []),
             GatherChannels(),
             InsertCompensation(),
             InsertHistory(),
@@ -42,6 +44,7 @@ __all__ = [
     "InsertHistory",
     "InsertProbe",
     "InsertSelection",
+    "InsertStep",
     "NormalizeLinears",
     "Pass",
     "PassManager",

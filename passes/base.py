@@ -22,6 +22,7 @@ class GroupNodes:
     """Nodes that passes inserted for one group, by role: `state`, `rows`, `probe_state`, `kept`, ...
 
     `reprobes`: whether the group can be probed again while decoding (its probe reads nothing but the residual).
+    `factor_graph`: of a gated MLP that decodes by step (`groups.gate`).
     `gram`: of attention, the Gram matrix of the probe.
     `whole_keys`: the probe reads the batch's keys and values, so that it runs behind their projections.
     """
@@ -29,6 +30,7 @@ class GroupNodes:
     group: Group
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     probe_graph: fx.Graph | None = None
+    factor_graph: fx.Graph | None = None
     reprobes: bool = False
     whole_keys: bool = False
     gram: fx.Node | None = None

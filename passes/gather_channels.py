@@ -56,7 +56,7 @@ class GatherChannels(Pass):
                 args = (inserted.nodes["state"], block.plan, *linears_args)
                 ahead = block.call(gather.rows_ahead, args, inserted.name("inputs_ahead"))
             args = (inserted.nodes["kept"], *linears_args, ahead)
-            together = block.call(gather.gather_rows, args, inserted.name("inputs_kept"))
+            together = block.call(gather.gather_rows, args, inserted.name("inputs_kept"), **self._step(inserted))
             for position, part in enumerate(parts):
                 name = f"{part.label}_kept" if position < pruned else f"{part.label}_whole"
                 source = together if position < pruned or ahead is None else ahead
@@ -66,6 +66,11 @@ class GatherChannels(Pass):
         for linear in linears:
             if not linear.users:
                 block.graph.erase_node(linear)
+
+    @staticmethod
+    def _step(inserted: GroupNodes) -> dict[str, Any]:
+        """What `InsertStep` has made of the whole MLP, if it did."""
+        return {"step": inserted.nodes["step"]} if "step" in inserted.nodes else {}
 
     @staticmethod
     def _rows(block: BlockGraph, inserted: GroupNodes, position: int, part: Projection) -> Any:
@@ -97,7 +102,8 @@ class GatherChannels(Pass):
         for node in group.vectors:
             users = list(node.users)
             with block.graph.inserting_before(next(n for n in block.graph.nodes if n in users)):
-                new = block.call(gather.gather_vector, (inserted.nodes["kept"], node), f"{node.name}_kept", node)
+                args = (inserted.nodes["kept"], node)
+                new = block.call(gather.gather_vector, args, f"{node.name}_kept", node, **self._step(inserted))
             for user in users:
                 user.replace_input_with(node, new)
 
@@ -116,6 +122,8 @@ class GatherChannels(Pass):
             # not group.state: the steps above may have replaced that node
             nodes["branch_state"] = old.args[0]  # type: ignore[assignment]
             args = (nodes["kept"], old.args[0], projection.weight, projection.bias)
-            nodes["output"] = block.call(gather.gather_columns, args, f"{projection.label}_kept", old)
+            done = nodes.get("step", nodes.get("step_output"))
+            given = {} if done is None else {"step": done}
+            nodes["output"] = block.call(gather.gather_columns, args, f"{projection.label}_kept", old, **given)
         old.replace_all_uses_with(nodes["output"])
         block.graph.erase_node(old)

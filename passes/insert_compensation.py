@@ -28,6 +28,6 @@ class InsertCompensation(Pass):
                     ),
                     inserted.name("compensation"),
                 )
-            output.kwargs = {"compensation": vector}
+            output.kwargs = {**output.kwargs, "compensation": vector}
             nodes["compensation"] = vector
         return PassResult(len(block.inserted))

@@ -14,14 +14,13 @@ from .devices import defaults
 from .errors import ConfigError
 from .methods import COMPENSATIONS, METHODS, SCORES, Method
 from .methods.compensations import CompensationName
+from .probe_config import ProbeConfig
 
 VERSION = 1
 LARGEST_RATIO = 0.95
 """Largest share of a layer that may be dropped."""
 HistoryKind = Literal["channel", "position"]
-DecodeMode = Literal["sticky", "dense", "probe"]
-FirstPosition = Literal["always", "few", "never"]
-ProbeAttention = Literal["queries", "rows"]
+DecodeMode = Literal["sticky", "dense", "probe", "step"]
 Kind = Literal["mlp", "attention"]
 """Of a group: the channels of an MLP, or the query heads of an attention."""
 
@@ -39,56 +38,6 @@ def _ratio(name: str, value: Any) -> None:
         raise ConfigError(f"{name}=() names no layer; give one ratio for each layer, or a number")
     for index, one in enumerate(value):
         _number(f"{name}[{index}]", one, 0, LARGEST_RATIO)
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Which rows of the residual run ahead as the probe.
-
-    The probe is a static rectangle of B' samples x T' positions, both ranked by the norm of the residual
-    (paper, section 3.1). T' = ceil(token_fraction * T), B' = ceil(sample_fraction * B); the default takes 2.5% of
-    the positions of *all* samples, the paper 50% of the positions of 5% of the samples. Positions count from each
-    sample's first real token, on whichever side it is padded; T, of which the share is taken, is the width of the
-    batch, padding included, as every count of tokens in `ProbePruningConfig`: a shape is known without waiting for
-    the device.
-
-    Args:
-        token_fraction: share of the positions, in (0, 1].
-        sample_fraction: share of the samples, in (0, 1].
-        min_positions: at least so many positions (or all, when there are fewer).
-        attention: "queries": the probe rows of an attention branch are its queries and attend to the whole keys and
-            values, which no pruning touches; "rows": they attend to each other alone (paper).
-        first_position: put position 0, each sample's first real token, into the probe in place of the lowest ranked
-            pick: "always", "few" (the authors' rule: only if at most 10 positions are picked), "never".
-    """
-
-    token_fraction: float = 0.025
-    sample_fraction: float = 1.0
-    min_positions: int = 2
-    first_position: FirstPosition = "always"
-    attention: ProbeAttention = "queries"
-
-    def __post_init__(self) -> None:
-        for name in ("token_fraction", "sample_fraction"):
-            _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
-        check_integers(1, ConfigError, **{"probe.min_positions": self.min_positions})
-        _choice("probe.first_position", self.first_position, get_args(FirstPosition))
-        _choice("probe.attention", self.attention, get_args(ProbeAttention))
-
-    def positions(self, length: int) -> int:
-        """T', the number of probe positions for sequences of `length` tokens (same rule as the graphs use)."""
-        share: int = ceil_share(length, self.token_fraction)
-        return min(length, max(self.min_positions, share))
-
-    def samples(self, batch: int) -> int:
-        """B', the number of probe samples of a batch of `batch` sequences."""
-        share: int = ceil_share(batch, self.sample_fraction)
-        return min(batch, max(1, share))
-
-
-def ceil_share(total: Any, fraction: float) -> Any:
-    """ceil(fraction * total) in integer arithmetic, so that a symbolic `total` stays symbolic (torch.compile)."""
-    return (total * round(fraction * 1_000_000) + 999_999) // 1_000_000
 
 
 class KindSettings(NamedTuple):
@@ -135,9 +84,12 @@ class ProbePruningConfig:
         min_select_tokens: a call of at least so many tokens selects anew; a shorter one on a KV cache that holds a
             selection is decoding. A prompt that is shorter still selects: by the history alone after `calibrate`
             (a probe would cost more than its share), else by its probe.
-        decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels) or "probe"
+        decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels), "probe"
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
-            attention heads stay).
+            attention heads stay) or "step" (every token of a decode step chooses the MLP's channels for itself, by its
+            own gate; attention heads run whole).
+        decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, counted and spread over
+            the layers as `mlp_ratio`. None: the same as `mlp_ratio`.
         reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
             residual is kept with the selection.
         drift_threshold: in (0, 1], with decode="sticky": every `reprobe_every` decoded tokens these are
@@ -178,6 +130,7 @@ class ProbePruningConfig:
     compensation_min_tokens: int | None = None
     min_select_tokens: int = 32
     decode: DecodeMode = "sticky"
+    decode_ratio: float | tuple[float, ...] | None = None
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
@@ -210,6 +163,13 @@ class ProbePruningConfig:
         _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
         check_integers(1, ConfigError, min_select_tokens=self.min_select_tokens)
         _choice("decode", self.decode, get_args(DecodeMode))
+        if self.decode_ratio is not None:
+            _ratio("decode_ratio", self.decode_ratio)
+            if self.decode != "step":
+                raise ConfigError(
+                    f"decode_ratio={self.decode_ratio} has no meaning with decode={self.decode!r}, which has no ratio of "
+                    "its own; leave it None or choose decode='step'"
+                )
         check_integers(1, ConfigError, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:
             _number("drift_threshold", self.drift_threshold, 0, 1)
@@ -279,7 +239,7 @@ class ProbePruningConfig:
         """The ratio that each layer carries.
 
         Args:
-            name: "mlp_ratio" or "attention_ratio".
+            name: "mlp_ratio", "attention_ratio" or "decode_ratio".
             layers: number of decoder layers L.
 
         Raises:
@@ -287,6 +247,8 @@ class ProbePruningConfig:
                 belongs to another number of layers.
         """
         ratio = getattr(self, name)
+        if ratio is None:
+            return self.layer_ratios("mlp_ratio", layers)
         if isinstance(ratio, tuple):
             if len(ratio) != layers:
                 raise ConfigError(f"{name} names {len(ratio)} layers, the model has {layers}; give one ratio for each")
@@ -323,6 +285,11 @@ class ProbePruningConfig:
         return KindSettings(self.attention_score or self.score, self.attention_compensation)
 
     @property
+    def steps(self) -> bool:
+        """Whether every token of a decode step chooses for itself."""
+        return self.decode == "step"
+
+    @property
     def reprobes(self) -> bool:
         """Whether decoding probes again."""
         return self.decode == "probe" or self.drift_threshold is not None
@@ -345,7 +312,7 @@ class ProbePruningConfig:
         data = dict(_known(cls, data, "configuration"))
         if "version" in data and data["version"] != VERSION:
             raise ConfigError(f"version={data['version']!r} is unknown; this pp_fx reads version {VERSION}")
-        for name in ("mlp_ratio", "attention_ratio"):
+        for name in ("mlp_ratio", "attention_ratio", "decode_ratio"):
             if isinstance(data.get(name), list):  # JSON has no tuples
                 data[name] = tuple(data[name])
         if data.get("probe") is not None and not isinstance(data["probe"], ProbeConfig):

@@ -39,3 +39,7 @@ class ExportError(PpFxError, RuntimeError):
 
 class RequirementError(PpFxError, ImportError):
     """A package that pp_fx stands on is too old."""
+
+
+class BuildError(PpFxError, RuntimeError):
+    """A library of native kernels cannot be compiled, or a file is none of ours."""

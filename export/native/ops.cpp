@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "abi.h"
-#include "kernels.h"
+#include "products.h"
 
 #ifndef PP_FX_VERSION
 #error "define PP_FX_VERSION, as pp-fx build-ort-ops does"

@@ -3,6 +3,7 @@
 from .drop_jointly import drop_jointly
 from .gather_linear import gather_linear, gather_output, kept_rows, large
 from .solve import solve
+from .strongest import NATIVE_SOURCES
 from .top import top
 
-__all__ = ["drop_jointly", "gather_linear", "gather_output", "kept_rows", "large", "solve", "top"]
+__all__ = ["NATIVE_SOURCES", "drop_jointly", "gather_linear", "gather_output", "kept_rows", "large", "solve", "top"]

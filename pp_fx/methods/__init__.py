@@ -11,11 +11,11 @@ from .magnitude import magnitude
 from .method import Method
 from .probe_pruning import default, full_batch, paper
 from .random_units import random
-from .score import SCORES, Score, Statistics
+from .score import SCORES, Score, Statistics, column_sum
 from .wanda_sp import wanda_sp
 
 METHODS: dict[str, Method] = {
     m.name: m for m in (default, paper, full_batch, wanda_sp, flap, griffin, magnitude, random)
 }
 
-__all__ = ["COMPENSATIONS", "METHODS", "SCORES", "Compensation", "Known", "Method", "Score", "Statistics"]
+__all__ = ["COMPENSATIONS", "METHODS", "SCORES", "Compensation", "Known", "Method", "Score", "Statistics", "column_sum"]

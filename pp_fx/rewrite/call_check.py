@@ -108,7 +108,8 @@ def _check_held(info: ModelInfo, cache: Cache, selections: Selections | None) ->
     known = not (isinstance(filled, Tensor) and torch.compiler.is_compiling())
     empty = known and bool(filled == 0)
     if selections is None:
-        if not empty and not torch.compiler.is_compiling() and not info.settings.guard:
+        silent = info.settings.guard or info.settings.steps  # no selection is missing
+        if not empty and not torch.compiler.is_compiling() and not silent:
             warnings.warn(
                 "past_key_values holds tokens but no selection of pp_fx (it comes from an untransformed model); the "
                 "present call's tokens select",

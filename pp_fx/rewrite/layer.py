@@ -55,9 +55,10 @@ class ProbePrunedLayer:
         """Bring memory layout and column norms in line with the present weights; selections made before are void."""
         self.__dict__[LAYER].version = next(_versions)
         for kind, state in self.states().items():
-            if state.prunes:
-                for path in self.groups[kind].gathered_by_column:
-                    _lay_out(self.get_parameter(path))  # type: ignore[attr-defined]
+            if state.prunes or state.steps:
+                group = self.groups[kind]
+                for path in group.gathered_by_column:
+                    _lay_out(self.get_parameter(path), state.steps and path == group.output.path)  # type: ignore[attr-defined]
                 state.refresh(output_weight(self, self.groups[kind]))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -109,7 +110,7 @@ def uninstall(layer: nn.Module) -> None:
         state = layer._modules.get(state_name(kind))
         if state is None:
             continue  # interrupted while it was installed
-        if state.prunes:
+        if state.prunes or state.steps:
             with torch.inference_mode(False), torch.no_grad():
                 for path in layer.groups[kind].gathered_by_column:
                     weight = layer.get_parameter(path)
@@ -171,12 +172,13 @@ def _refresh_after_load(layer: Any, _incompatible: Any) -> None:
     layer.refresh()
 
 
-def _lay_out(weight: nn.Parameter) -> None:
-    """Keep the shape, but let an accelerator's memory hold the transpose: what is gathered there are contiguous rows.
+def _lay_out(weight: nn.Parameter, steps: bool) -> None:
+    """Keep the shape, but let the memory hold the transpose where columns are read as contiguous rows.
 
-    A CPU multiplies more slowly with transposed weights than it gathers columns (docs/research/speed.md, section 3).
+    An accelerator gathers them so, and a decode step by token reads them so everywhere. Else a CPU multiplies more
+    slowly with transposed weights than it gathers columns (docs/research/speed.md, section 3).
     """
-    turned = weight.device.type != "cpu"
+    turned = steps or weight.device.type != "cpu"
     if (weight.t() if turned else weight).is_contiguous():
         return
     with torch.inference_mode(False), torch.no_grad():

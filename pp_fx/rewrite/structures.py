@@ -33,6 +33,7 @@ class Structure:
         cls: class of the rewritten layers.
         groups: group kind -> group.
         probes: group kind -> the probe branch as a function.
+        factors: group kind -> the factor of a gate as a function; of a gated MLP that decodes by step.
         reprobes: group kind -> whether it can be probed again while decoding.
         reasons: why a branch is left dense.
         reads: the attributes whose values the graph holds.
@@ -41,6 +42,7 @@ class Structure:
     cls: type
     groups: dict[Kind, Group]
     probes: dict[Kind, Any]
+    factors: dict[Kind, Any]
     reprobes: dict[Kind, bool]
     reasons: list[str]
     reads: Reads
@@ -84,6 +86,11 @@ def _find_structures(
             cls=block_class(type(layer), block.graph, groups, block.groups.reasons),
             groups=groups,
             probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
+            factors={
+                n.group.kind: compile_graph(n.factor_graph, f"{n.group.kind} factor")
+                for n in block.inserted
+                if n.factor_graph is not None
+            },
             reprobes={n.group.kind: n.reprobes for n in block.inserted},
             reasons=block.groups.reasons,
             reads=reads,

@@ -31,7 +31,7 @@ from .refusals import (
 )
 from .structures import Structure, find_structures
 from .verify import compare_layers, run_layers
-from .widths import carried_ratios, kept_units, limit_compact, on_device
+from .widths import carried_ratios, kept_units, limit_compact, on_device, step_units
 
 SHADOWED: dict[str, Callable[..., Any]] = {}
 """Methods that a transformed model has in place of its class's, by name: (model, ..). Integrations put theirs here."""
@@ -64,6 +64,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     for i, layer in enumerate(layers):
         refuse_hooks(i, layer)
     carried, settings = carried_ratios(config, len(layers)), on_device(config, model)
+    stepped = config.layer_ratios("decode_ratio", len(layers)) if config.steps else [0.0] * len(layers)
     structures, calls = find_structures(model, layers, config)
     dense = run_layers(layers, calls)
     warn_dense(model, structures.values(), carried)
@@ -72,7 +73,9 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         structure = structures[structure_key(layer)]
         states: dict[Kind, GroupState] = {}
         for kind, group in structure.groups.items():
-            states[kind] = _state(layer, structure, group, kept_units(group, carried[kind][i], settings), settings)
+            kept = kept_units(group, carried[kind][i], settings)
+            run = step_units(group, stepped[i]) if kind == "mlp" else group.units
+            states[kind] = _state(layer, structure, group, kept, run, settings)
         prepared.append((layer, structure.cls, states))
     limit_compact(prepared, config)
     warn_odd(settings, model)
@@ -81,12 +84,12 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     try:
         for i, (layer, cls, states) in enumerate(prepared):
             done.append(layer)
-            info = LayerInfo(i, owner, config, settings, any(s.prunes for s in states.values()))
+            info = LayerInfo(i, owner, config, settings, any(s.prunes or s.steps for s in states.values()))
             install(layer, cls, info, states)
         compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
-        prunes = any(state.prunes for _, _, states in prepared for state in states.values())
+        prunes = any(state.prunes or state.steps for _, _, states in prepared for state in states.values())
         inside = Inside.of(layers, _reads(structures.values()))
         holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside)
         for name, function in SHADOWED.items():
@@ -142,10 +145,13 @@ def _reads(structures: Iterable[Structure]) -> Reads:
     return found
 
 
-def _state(layer: nn.Module, structure: Structure, group: Group, kept: int, settings: ProbePruningConfig) -> GroupState:
+def _state(
+    layer: nn.Module, structure: Structure, group: Group, kept: int, run: int, settings: ProbePruningConfig
+) -> GroupState:
     weight = output_weight(layer, group)
     scattered = {i: p.rows for i, p in enumerate((*group.inputs, *group.whole)) if p.rows and p.range is None}
     extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind], "rows": scattered}
+    extra |= {"step_units": run, "factor": structure.factors.get(group.kind)}
     if isinstance(group, AttentionGroup):
         extra["kv_head"] = group.kv_head
     return GroupState(

@@ -30,6 +30,11 @@ def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
     return kept
 
 
+def step_units(group: Group, ratio: float) -> int:
+    """How many of an MLP's channels each token of a decode step runs at a per-layer ratio."""
+    return group.units - int(ratio * group.units)
+
+
 def limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:
     """Layers from the first on may hold compact weights while decoding, up to the configured limit."""
     left = math.inf if config.compact_megabytes is None else config.compact_megabytes * 2**20

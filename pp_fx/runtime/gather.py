@@ -38,6 +38,8 @@ def gather_rows(
     layout: tuple[tuple[int, Rows], ...],
     pruned: int,
     ahead: tuple[Tensor | None, ...] | None = None,
+    *,
+    step: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Input projections of the kept units.
 
@@ -48,10 +50,13 @@ def gather_rows(
         pruned: so many projections, the first ones, run the kept units' rows; the others, parts of the same fused
             layers, run all of theirs.
         ahead: what `rows_ahead` has computed of them.
+        step: what `step.gated_step` has made of the MLP, if it did: then what follows runs on no channels.
 
     Returns:
         [B, T, kept columns] for every pruned projection, [B, T, C] for the others.
     """
+    if step is not None:
+        return tuple(x[..., :0] for _ in layout)
     if ahead is not None:
         if ahead[0] is not None:
             return ahead
@@ -123,8 +128,10 @@ def gather_heads(selection: Selection | None, heads: Tensor) -> Tensor:
     return heads if selection is None else heads.index_select(1, selection.kept)
 
 
-def gather_vector(selection: Selection | None, vector: Tensor) -> Tensor:
-    """The kept channels of a parameter: [C] -> [kept]."""
+def gather_vector(selection: Selection | None, vector: Tensor, *, step: Tensor | None = None) -> Tensor:
+    """The kept channels of a parameter: [C] -> [kept]; none after a `step` (`gather_rows`)."""
+    if step is not None:
+        return vector[:0]
     return vector if selection is None else vector.index_select(0, selection.columns)
 
 
@@ -135,11 +142,14 @@ def gather_columns(
     bias: Tensor | None,
     *,
     compensation: Compensation | None = None,
+    step: Tensor | None = None,
 ) -> Tensor:
     """Output projection of the kept units: z [B, T, kept columns], weight [H, C] -> [B, T, H].
 
-    The compensation's vector is added like a bias, its correction to the kept columns.
+    A `step` [B, T, H] has made it already. The compensation's vector is added like a bias, its correction to the kept columns.
     """
+    if step is not None:
+        return step
     if selection is None:
         return F.linear(z, weight, bias)
     if selection.compacts and not selection.output_due:

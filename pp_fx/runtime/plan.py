@@ -52,6 +52,7 @@ class Plan(NamedTuple):
             the new selection counts, else the stored one.
         exports: an exported graph is being traced (torch.export, torch.onnx): sizes are symbols, one graph serves
             every length, and nothing outlives it.
+        steps: the call's tokens choose the MLP's channels for themselves (`step`).
         keeps: the cache came from the caller, so a selection is kept as decode steps read it.
     """
 
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     empty: Tensor | None = None
     exports: bool = False
     keeps: bool = False
+    steps: bool = False
 
 
 def exports() -> bool:
@@ -79,7 +81,8 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
 
     Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
-    on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense. Calls
+    on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense, and with
+    decode="step", which keeps no selection, their tokens choose for themselves. Calls
     that the guard finds too small select nothing: they reuse a selection, or run dense where there is none.
     """
     shape, settings = (hidden_states.shape[0], hidden_states.shape[1]), layer.settings
@@ -91,6 +94,8 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
         return Plan(shape, settings, False, False, cache, {}, exports=exported)
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
+    if settings.steps and shape[1] < settings.min_select_tokens:
+        return Plan(shape, settings, False, False, cache, {}, exports=exported, steps=True)
     selections = selections_on(cache)
     keeps = selections is not None and selections.given and not exported
     length = shape[1]
@@ -127,7 +132,7 @@ def _stored(layer: LayerInfo, selections: Selections | None) -> dict[str, Select
 
 def new_selection(layer: LayerInfo, plan: Plan, kind: str, kept: Tensor, columns: Tensor) -> Selection:
     """A selection of these units, kept with the generation that it belongs to: in the memory of the one before."""
-    if plan.cache is None:
+    if plan.cache is None or plan.settings.steps:
         return Selection(kept, columns, layer.version)
     selections = put_selections(plan.cache, layer.owner)
     if layer.index not in selections.layers:

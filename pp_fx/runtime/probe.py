@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ceil_share
+from ..probe_config import ceil_share
 from ..kernels import top
 from .buffers import keep
 from .plan import LayerInfo, Plan

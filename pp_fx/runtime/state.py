@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Kind, ProbePruningConfig
-from ..methods import SCORES
+from ..methods import SCORES, column_sum
 from .names import rows_name
 
 HISTORY_BUFFERS = {"energy": True, "mean": True, "directions": False, "gram": True, "seen": True}
@@ -29,7 +29,10 @@ class GroupState(nn.Module):
     Attributes:
         kind: "mlp" or "attention".
         units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
-        kept_units: how many units run; a fixed Python int, so that every shape is static.
+        kept_units: how many units a selection keeps; a fixed Python int, so that every shape is static.
+        step_units: how many channels each token of a decode step runs; all where tokens do not choose for themselves.
+        reach: fp32 [C], the norm of each channel's column of the output projection; None where nothing reads it.
+        factor: of a gated MLP, gate projection [.., C] -> what the up projection is multiplied by.
         column: fp32 [units, width], what the score precomputes of the output projection.
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
@@ -48,6 +51,7 @@ class GroupState(nn.Module):
     """
 
     column: Tensor
+    reach: Tensor | None
     energy: Tensor | None
     mean: Tensor | None
     directions: Tensor | None
@@ -67,14 +71,17 @@ class GroupState(nn.Module):
         kv_head: tuple[int, ...] | None = None,
         rows: dict[int, tuple[int, ...]] | None = None,
         reprobes: bool = False,
+        step_units: int | None = None,
+        factor: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.kind: Kind = kind
         self.units, self.width, self.kept_units = units, width, kept_units
-        self.probe = probe
+        self.step_units = units if step_units is None else step_units
+        self.probe, self.factor = probe, factor
         self.calibrated = False
         self.reprobes = settings.reprobes and reprobes and self.prunes
-        self.holds_compact = settings.decode != "dense"
+        self.holds_compact = settings.decode not in ("dense", "step")
         self.mode: Literal["run", "frozen", "calibrate"] = "frozen" if settings.freeze_history else "run"
         self.score, self.compensation = settings.of_kind(kind)
         self.collector: Collector | None = None
@@ -89,6 +96,7 @@ class GroupState(nn.Module):
 
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
+            buffer("reach", _norms(weight) if self.steps else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
             buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
             ranked = sizes is not None and self.compensation == "least_squares"
@@ -107,15 +115,22 @@ class GroupState(nn.Module):
         return self.kept_units < self.units
 
     @property
+    def steps(self) -> bool:
+        """Whether every token of a decode step chooses for itself."""
+        return self.step_units < self.units
+
+    @property
     def reads_gram(self) -> bool:
         """Whether the score looks at how the heads meet in the output."""
         return self.prunes and SCORES[self.score].gram
 
     def refresh(self, weight: Tensor) -> None:
         """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
-        if self.prunes and not weight.is_meta:
-            with torch.inference_mode(False):
+        with torch.inference_mode(False):
+            if self.prunes and not weight.is_meta:
                 self.column = self._column(weight)
+            if self.steps and not weight.is_meta:
+                self.reach = _norms(weight)
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)
@@ -140,6 +155,10 @@ class GroupState(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}: {self.kept_units} of {self.units} kept"
+
+
+def _norms(weight: Tensor) -> Tensor:
+    return column_sum(weight, 2).sqrt()
 
 
 def states_of(model: nn.Module) -> list[GroupState]:

@@ -1,0 +1,201 @@
+"""The MLP of a decode step over each token's strongest channels: `pp_fx::linear_rows` and `pp_fx::strongest`.
+
+On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), which read a channel's weights where they
+lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are asked for, torch's
+own products run whole and what is not chosen is masked: the same numbers for the time of the dense model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BuildError
+from ..native_library import NATIVE, NativeLibrary
+
+NATIVE_SOURCES = Path(__file__).parent / "native"
+LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
+MOST_TOKENS = 16
+"""Of a call for the native kernels: with more, nearly every channel is chosen by some token."""
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SIGNATURES = {"pp_fx_linear": "i p s p p p s s s i", "pp_fx_strongest": "i p p p p s p p s p p s s s s s i"}
+_KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
+
+
+@functools.cache
+def native() -> Any:
+    """The native kernels, compiled if need be; None, with one warning, where that cannot be done."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY.find() or _build()))
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"decode='step' takes the dense model's time, because its kernels are missing ({error}); install a C++ "
+            "compiler, or choose decode='dense'",
+            stacklevel=2,
+        )
+        return None
+    for name, signature in _SIGNATURES.items():
+        getattr(library, name).argtypes = [_KINDS[kind] for kind in signature.split()]
+    return library
+
+
+def _build() -> Path:
+    """With threads where the compiler has OpenMP."""
+    try:
+        return LIBRARY.build(flags=(*NATIVE, "-fopenmp"))
+    except BuildError:
+        return LIBRARY.build()
+
+
+def serves(weight: Tensor, tokens: int) -> bool:
+    """Whether the native kernels run a call of so many tokens with weights like this one."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in _TYPES
+        and tokens <= MOST_TOKENS
+        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of few tokens: x [N, H], weight [C, H] whose rows are contiguous, bias [C] or None -> [N, C]."""
+    return torch.ops.pp_fx.linear_rows(x, weight, bias)
+
+
+def strongest(
+    strength: Tensor,
+    factor: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    count: int,
+) -> Tensor:
+    """sum over a token's chosen channels c of factor_c * (x . up_c) * down_c.
+
+    Chosen are the channels that are at least as strong as the token's `count`-th strongest (so a few more where
+    several are equal).
+
+    Args:
+        strength: fp32 [N, C], at least 0.
+        factor: [N, C]: what meets the up projection; without one, the output projection's input.
+        x: [N, H].
+        up, up_bias: [C, H] whose rows are contiguous, and [C]; or None.
+        down, down_bias: [C, O], the output projection's weight transposed, with contiguous rows; [O] or None.
+        count: in [1, C].
+
+    Returns:
+        [N, O].
+    """
+    return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count)
+
+
+def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
+    """z [N, C] with 0 for what is not among a token's strongest channels."""
+    least = strength.topk(count, -1).values[:, -1:]
+    return torch.where(strength >= least, z, 0.0)
+
+
+_library = torch.library.Library("pp_fx", "FRAGMENT")
+_library.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define(
+    "strongest(Tensor strength, Tensor factor, Tensor x, Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
+    "int count) -> Tensor"
+)
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _plain_strongest(
+    strength: Tensor,
+    factor: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    count: int,
+) -> Tensor:
+    z = factor if up is None else factor * F.linear(x, up, up_bias)
+    return F.linear(masked(strength, z, count), down.t(), down_bias)
+
+
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    library = native()
+    if library is None or weight.stride(1) != 1:
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    library.pp_fx_linear(
+        _TYPES[x.dtype],
+        weight.data_ptr(),
+        weight.stride(0),
+        _pointer(bias),
+        x.data_ptr(),
+        y.data_ptr(),
+        *y.shape,
+        x.shape[1],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _native_strongest(
+    strength: Tensor,
+    factor: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    count: int,
+) -> Tensor:
+    library = native()
+    if library is None or down.stride(1) != 1 or (up is not None and up.stride(1) != 1):
+        return _plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count)
+    strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
+    y = x.new_empty(x.shape[0], down.shape[1])
+    library.pp_fx_strongest(
+        _TYPES[x.dtype],
+        strength.data_ptr(),
+        factor.data_ptr(),
+        x.data_ptr(),
+        _pointer(up),
+        0 if up is None else up.stride(0),
+        _pointer(up_bias),
+        down.data_ptr(),
+        down.stride(0),
+        _pointer(down_bias),
+        y.data_ptr(),
+        *strength.shape,
+        x.shape[1],
+        y.shape[1],
+        count,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+for _name, _plain, _cpu in (
+    ("linear_rows", _plain_linear, _native_linear),
+    ("strongest", _plain_strongest, _native_strongest),
+):
+    _library.impl(_name, _plain, "CompositeExplicitAutograd")
+    _library.impl(_name, _cpu, "CPU")
+_library.impl("linear_rows", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
+_library.impl("strongest", lambda s, f, x, u, ub, down, db, count: x.new_empty(x.shape[0], down.shape[1]), "Meta")
