@@ -120,7 +120,7 @@ def bench(
         `ideal` (MACs for prefill, bytes read for decode), `ideal_with_probe` (prefill: probe and compensation counted
         too), `static_ratio` (the same kept channels cut out of the weights once: what no pruning that decides while it
         runs can beat) and `masked_ratio` (whole weights, the dropped channels set to zero), both None where heads are
-        pruned or weights fused or with biases, `shares` (prefill: see `measure.time_shares`), `wall` and `with_head`
+        pruned, each token chooses for itself, or weights fused or with biases, `shares` (prefill: see `measure.time_shares`), `wall` and `with_head`
         with the same figures, `first_step_ms` (decode: the step that gathers the compact weights), `compact_mb`,
         `peak_memory_mb` of the process.
 
@@ -140,7 +140,8 @@ def bench(
     ids = ids.to(device)
     with _threads(threads), torch.no_grad(), history_frozen(pruned):
         sides = {"dense": _Side(model, compiled, freezing), "pruned": _Side(pruned, compiled, freezing)}
-        static = static_copies(model, pruned, ids)
+        by_token = phase == "decode" and config.steps  # no copy has what every token chooses for itself
+        static = None if by_token else static_copies(model, pruned, ids)
         if static is not None:
             sides["static"] = _Side(static.cut, compiled, freezing)
             sides["masked"] = _Side(static.masked, compiled, freezing)
@@ -259,7 +260,7 @@ def ideal_decode(dense: Any, pruned: Any, ids: Tensor, new_tokens: int) -> dict[
     batch, length = ids.shape
     element = head_weight(dense).element_size()
     cached = key_value_bytes(dense.config, batch, length + new_tokens / 2, element)
-    blocks, slim = block_bytes(pruned, batch * length)
+    blocks, slim = block_bytes(pruned, batch * length, batch)
     whole, kept, head = blocks + cached, slim + cached, head_weight(dense).numel() * element
     return {
         "blocks": {"ideal": kept / whole},

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..groups.group import Group
 from ..rewrite.layer import layers_of, settings_of
+from ..runtime.state import GroupState
 from .macs import head_size, running_units
 
 
@@ -22,15 +24,17 @@ def head_weight(model: Any) -> nn.Parameter:
     return model.get_output_embeddings().weight
 
 
-def block_bytes(model: nn.Module, tokens: int) -> tuple[int, float]:
+def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, float]:
     """Bytes of the decoder blocks' parameters that a decode step reads: dense, and with the kept rows alone.
 
     Args:
         model: transformed.
         tokens: of the prompt (B x T): what the guard kept dense there stays dense.
+        batch: tokens of the step. With decode="step" each chooses for itself; that they do so independently is the
+            most that can be read.
     """
     dense, pruned = 0, 0.0
-    sticky = settings_of(model).decode != "dense"
+    sticky = settings_of(model).decode not in ("dense", "step")
     for layer in layers_of(model):
         sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
         dense += sum(sizes.values())
@@ -38,7 +42,14 @@ def block_bytes(model: nn.Module, tokens: int) -> tuple[int, float]:
         for kind, kept in running_units(layer, tokens).items() if sticky else ():
             group = layer.groups[kind]
             pruned -= sum(sizes[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
+        pruned -= sum(_left_out(layer.groups[kind], s, sizes, batch) for kind, s in layer.states().items() if s.steps)
     return dense, pruned
+
+
+def _left_out(group: Group, state: GroupState, sizes: dict[str, int], batch: int) -> float:
+    """Bytes that a decode step by token does not read: the gate, or all inputs of an MLP without one, run whole."""
+    sparse = (group.output,) if state.factor is None else (group.inputs[0], group.output)
+    return sum(sizes[p.path] * p.share for p in sparse) * (1 - state.step_units / state.units) ** batch
 
 
 def weight_bytes(model: nn.Module) -> int:
