@@ -189,7 +189,7 @@ def test_what_is_no_library_of_this_version_is_refused(library, tmp_path, monkey
     for path in (other, tmp_path / "missing.so"):
         with pytest.raises(ExportError, match="is no library of pp_fx operators"):
             native_ops.check_library(path)
-    monkeypatch.setattr(native_ops, "__version__", "99.0")
+    monkeypatch.setattr("pp_fx.native_library.__version__", "99.0")
     with pytest.raises(ExportError, match=r"was built by pp_fx .*, this is 99.0; run pp-fx build-ort-ops"):
         native_ops.check_library(library)
     assert native_ops.find_ort_ops() is None, "another version has a library of its own"

@@ -1,0 +1,211 @@
+// An MLP of few tokens over each token's strongest channels; pp_fx/kernels/strongest.py says what is computed.
+//
+// Weights are read where they lie: one row of each projection for a channel, and only if a token has chosen it.
+// `parallel_for(tasks, task)` calls task(0) .. task(tasks - 1), at once or in turn.
+#pragma once
+
+#include <vector>
+
+#include "products.h"
+
+namespace kernels {
+
+constexpr size_t kAhead = 2;    // rows between the one that is multiplied and the one that is asked of the memory
+constexpr size_t kTogether = 8; // rows of the output projection that are added at a time
+constexpr size_t kLine = 64;    // bytes
+
+template <class T>
+struct Matrix {  // rows of `width` numbers, `stride` apart
+  const T* data;
+  size_t stride, width;
+  const T* row(size_t r) const { return data + r * stride; }
+};
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
+
+// out[t] = w . x[t] for N rows x; meanwhile `next` comes out of the memory.
+template <int N, class T>
+inline void dots(const T* w, const float* const* x, size_t depth, const T* next, float* out) {
+  constexpr int kChains = N == 1 ? 4 : 1;  // of additions, for each row
+  constexpr size_t kStep = kChains * kLanes;
+  Lanes sums[N][kChains] = {};
+  size_t k = 0;
+  for (; k + kStep <= depth; k += kStep) {
+    for (size_t i = 0; i < kStep; i += kLine / sizeof(T)) prefetch(next + k + i);
+    for (int a = 0; a < kChains; ++a) {
+      const Lanes weight = load(w + k + a * kLanes);
+      for (int t = 0; t < N; ++t) sums[t][a] += weight * load(x[t] + k + a * kLanes);
+    }
+  }
+  for (int t = 0; t < N; ++t) {
+    for (int a = 1; a < kChains; ++a) sums[t][0] += sums[t][a];
+    float total = sum(sums[t][0]);
+    for (size_t rest = k; rest < depth; ++rest) total += widen(w[rest]) * x[t][rest];
+    out[t] = total;
+  }
+}
+
+// `take(t, w . x[t])` for all of the `count` rows x.
+template <class T, class Take>
+inline void dots_of(const T* w, const float* const* x, size_t count, size_t depth, const T* next, Take take) {
+  float out[4];
+  for (size_t t = 0; t < count;) {
+    const size_t left = count - t, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (taken == 4) dots<4>(w, x + t, depth, next, out);
+    if (taken == 2) dots<2>(w, x + t, depth, next, out);
+    if (taken == 1) dots<1>(w, x + t, depth, next, out);
+    for (size_t i = 0; i < taken; ++i) take(t + i, out[i]);
+    t += taken;
+  }
+}
+
+template <class T>
+std::vector<float> floats(const T* x, size_t count) {
+  std::vector<float> wide(count);
+  for (size_t i = 0; i < count; ++i) wide[i] = widen(x[i]);
+  return wide;
+}
+
+// x weight^T + bias: x [tokens, depth], weight [rows, depth] -> y [tokens, rows].
+template <class T, class ParallelFor>
+void linear(Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
+            ParallelFor parallel_for) {
+  const size_t depth = weight.width;
+  const std::vector<float> wide = floats(x, tokens * depth);
+  std::vector<const float*> of(tokens);
+  for (size_t t = 0; t < tokens; ++t) of[t] = wide.data() + t * depth;
+  parallel_for(tasks, [&](size_t task) {
+    const size_t end = rows * (task + 1) / tasks;
+    for (size_t r = rows * task / tasks; r < end; ++r) {
+      const float add = bias ? widen(bias[r]) : 0;
+      dots_of(weight.row(r), of.data(), tokens, depth, weight.row(std::min(r + kAhead, end - 1)),
+              [&](size_t t, float total) { narrow(total + add, y[t * rows + r]); });
+    }
+  });
+}
+
+// Bits of |x|: they are ordered as the numbers are, NaN above all.
+inline uint32_t magnitude(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+// The `count`-th largest of n sizes, byte by byte.
+uint32_t largest(const std::vector<uint32_t>& sizes, size_t count) {
+  uint32_t found = 0, known = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    size_t with[256] = {};
+    for (uint32_t s : sizes)
+      if ((s & known) == found) ++with[s >> shift & 255];
+    uint32_t byte = 255;
+    for (; byte && with[byte] < count; --byte) count -= with[byte];
+    found |= byte << shift;
+    known |= 255u << shift;
+  }
+  return found;
+}
+
+struct Chosen {
+  std::vector<uint32_t> channels;  // that a token has chosen, ascending
+  std::vector<uint32_t> begins;    // of each channel's tokens in `tokens`; one more for the end
+  std::vector<uint32_t> tokens;
+};
+
+// Every token's channels that are at least as strong as its `count`-th strongest; those without strength add nothing.
+Chosen choose(const float* strength, size_t tokens, size_t channels, size_t count) {
+  std::vector<std::vector<uint32_t>> sizes(tokens, std::vector<uint32_t>(channels));
+  std::vector<uint32_t> least(tokens);
+  for (size_t t = 0; t < tokens; ++t) {
+    for (size_t c = 0; c < channels; ++c) sizes[t][c] = magnitude(strength[t * channels + c]);
+    least[t] = std::max<uint32_t>(largest(sizes[t], count), 1);
+  }
+  Chosen chosen;
+  for (size_t c = 0; c < channels; ++c) {
+    const size_t before = chosen.tokens.size();
+    for (size_t t = 0; t < tokens; ++t)
+      if (sizes[t][c] >= least[t]) chosen.tokens.push_back(t);
+    if (chosen.tokens.size() == before) continue;
+    chosen.channels.push_back(c);
+    chosen.begins.push_back(before);
+  }
+  chosen.begins.push_back(chosen.tokens.size());
+  return chosen;
+}
+
+// y[t] += sum over i in [from, to) of z[i * tokens + t] * the row of channel list[i].
+template <class T>
+void add_rows(Matrix<T> down, const std::vector<uint32_t>& list, const float* z, float* y, size_t tokens, size_t from,
+              size_t to) {
+  const T *rows[kTogether], *next[kTogether];
+  for (size_t i = from; i < to; i += kTogether) {
+    const size_t many = std::min(kTogether, to - i);
+    for (size_t j = 0; j < kTogether; ++j) {
+      rows[j] = down.row(list[std::min(i + j, to - 1)]);
+      next[j] = down.row(list[std::min(i + kTogether + j, to - 1)]);
+    }
+    constexpr size_t kStep = 2 * kLanes;
+    size_t n = 0;
+    for (; many == kTogether && n + kStep <= down.width; n += kStep) {
+      Lanes weights[kTogether][2];
+      for (size_t j = 0; j < kTogether; ++j) {
+        for (size_t p = 0; p < kStep; p += kLine / sizeof(T)) prefetch(next[j] + n + p);
+        for (size_t h = 0; h < 2; ++h) weights[j][h] = load(rows[j] + n + h * kLanes);
+      }
+      for (size_t t = 0; t < tokens; ++t) {
+        float* sums = y + t * down.width + n;
+        Lanes low = load(sums), high = load(sums + kLanes);
+        for (size_t j = 0; j < kTogether; ++j) {
+          low += weights[j][0] * z[(i + j) * tokens + t];
+          high += weights[j][1] * z[(i + j) * tokens + t];
+        }
+        store(low, sums);
+        store(high, sums + kLanes);
+      }
+    }
+    for (; n < down.width; ++n)
+      for (size_t t = 0; t < tokens; ++t)
+        for (size_t j = 0; j < many; ++j) y[t * down.width + n] += z[(i + j) * tokens + t] * widen(rows[j][n]);
+  }
+}
+
+// y [tokens, out] = sum over a token's chosen channels c of factor_c * (x . up_c + bias_c) * down_c, plus down_bias;
+// without `up.data` the factor alone.
+template <class T, class ParallelFor>
+void strongest(const float* strength, const T* factor, const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down,
+               const T* down_bias, T* y, size_t tokens, size_t channels, size_t count, size_t tasks,
+               ParallelFor parallel_for) {
+  const Chosen chosen = choose(strength, tokens, channels, count);
+  const size_t total = chosen.channels.size(), numbers = tokens * down.width;
+  const std::vector<float> wide = floats(x, up.data ? tokens * up.width : 0);
+  std::vector<float> z(total * tokens), parts(tasks * numbers);
+  parallel_for(tasks, [&](size_t task) {
+    const size_t from = total * task / tasks, to = total * (task + 1) / tasks;
+    std::vector<const float*> rows(tokens);
+    for (size_t i = from; i < to; ++i) {
+      const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
+      const uint32_t* of = chosen.tokens.data() + begin;
+      if (!up.data) {
+        for (size_t j = 0; j < many; ++j) z[i * tokens + of[j]] = widen(factor[of[j] * channels + c]);
+        continue;
+      }
+      for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * up.width;
+      const float add = up_bias ? widen(up_bias[c]) : 0;
+      const T* next = up.row(chosen.channels[std::min(i + kAhead, to - 1)]);
+      dots_of(up.row(c), rows.data(), many, up.width, next, [&](size_t j, float product) {
+        T rounded, made;  // where the model rounds
+        narrow(product + add, rounded);
+        narrow(widen(rounded) * widen(factor[of[j] * channels + c]), made);
+        z[i * tokens + of[j]] = widen(made);
+      });
+    }
+    add_rows(down, chosen.channels, z.data(), parts.data() + task * numbers, tokens, from, to);
+  });
+  for (size_t i = 0; i < numbers; ++i) {
+    float result = down_bias ? widen(down_bias[i % down.width]) : 0;
+    for (size_t task = 0; task < tasks; ++task) result += parts[task * numbers + i];
+    narrow(result, y[i]);
+  }
+}
+
+}  // namespace kernels

@@ -1,0 +1,172 @@
+"""The MLP over each token's strongest channels: the native kernels and torch's products against loops in float64."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pp_fx.errors import BuildError
+from pp_fx.kernels import strongest
+from pp_fx.native_library import NativeLibrary
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="the native kernels need a C++ compiler"
+)
+
+
+def oracle(strength, factor, x, up, up_bias, down, down_bias, count):
+    """Token by token, channel by channel, in float64."""
+    out = torch.zeros(len(x), down.shape[1], dtype=torch.float64)
+    for t in range(len(x)):
+        least = sorted(strength[t].tolist(), reverse=True)[count - 1]
+        for c in range(strength.shape[1]):
+            if strength[t, c] < least:
+                continue
+            z = factor[t, c].double()
+            if up is not None:
+                z = z * ((x[t].double() @ up[c].double()) + (0 if up_bias is None else up_bias[c].double()))
+            out[t] += z * down[c].double()
+    return out if down_bias is None else out + down_bias.double()
+
+
+@st.composite
+def calls(draw):
+    tokens, channels = draw(st.integers(1, 6)), draw(st.integers(1, 70))
+    hidden, out = draw(st.sampled_from([1, 3, 15, 16, 17, 31, 33, 64, 65, 130])), draw(st.integers(1, 70))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    gated, biases = draw(st.booleans()), draw(st.booleans())
+    factor, x = random(tokens, channels), random(tokens, hidden) / hidden**0.5
+    strength = factor.float().abs()
+    if draw(st.booleans()):  # many equal ones, zeros among them
+        strength = strength.round()
+        factor = torch.where(strength == 0, 0, factor)
+    rows = random(channels, 2 * hidden)[:, ::1][:, :hidden] if draw(st.booleans()) else random(channels, hidden)
+    return (
+        strength,
+        factor,
+        x,
+        rows if gated else None,
+        random(channels) if gated and biases else None,
+        random(channels, out) / channels**0.5,
+        random(out) if biases else None,
+        draw(st.integers(1, channels)),
+    )
+
+
+@needs_compiler
+@settings(max_examples=200, deadline=None)
+@given(calls(), st.integers(1, 3))
+def test_the_native_kernel_is_the_sum_over_the_chosen_channels(call, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert strongest.native() is not None
+        found = strongest.strongest(*call)
+    finally:
+        torch.set_num_threads(before)
+    dtype = call[1].dtype
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@settings(max_examples=50, deadline=None)
+@given(calls())
+def test_torchs_products_masked_are_the_same_sum(call):
+    found = strongest._plain_strongest(*call)
+    dtype = call[1].dtype
+    torch.testing.assert_close(found.double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@needs_compiler
+@settings(max_examples=50, deadline=None)
+@given(calls())
+def test_the_native_linear_layer(call):
+    _, factor, x, up, bias, *_ = call
+    up = torch.randn(factor.shape[1], x.shape[1]).to(x.dtype) if up is None else up
+    right = torch.nn.functional.linear(x.double(), up.double(), None if bias is None else bias.double())
+    found = strongest.linear_rows(x, up, bias)
+    torch.testing.assert_close(found.double(), right, atol=TOLERANCE[x.dtype], rtol=TOLERANCE[x.dtype])
+
+
+@needs_compiler
+def test_a_token_that_has_gone_wrong_leaves_the_others_alone():
+    call = list(_plain_call(3))
+    alone = strongest.strongest(*call)
+    for broken in (float("nan"), float("inf")):
+        for index in (0, 1, 2):
+            call[index] = call[index].clone()
+            call[index][1] = broken
+        found = strongest.strongest(*call)
+        torch.testing.assert_close(found[[0, 2]], alone[[0, 2]])
+
+
+def _plain_call(tokens):
+    torch.manual_seed(0)
+    factor, x = torch.randn(tokens, 40), torch.randn(tokens, 24)
+    return factor.abs(), factor, x, torch.randn(40, 24), None, torch.randn(40, 24), None, 16
+
+
+@pytest.mark.parametrize("name", ["linear_rows", "strongest"])
+def test_the_operators_tell_compilers_the_truth(name):
+    call = _plain_call(2)
+    args = call if name == "strongest" else (call[2], call[3], None)
+    torch.library.opcheck(getattr(torch.ops.pp_fx, name).default, args, test_utils=["test_schema", "test_faketensor"])
+
+
+def test_who_serves_a_call():
+    weight = torch.zeros(3, 4)
+    assert strongest.serves(weight, 1)
+    assert not strongest.serves(weight, strongest.MOST_TOKENS + 1)
+    assert not strongest.serves(weight.double(), 1)
+    assert not strongest.serves(weight.clone().requires_grad_(), 1)
+    with torch.no_grad():
+        assert strongest.serves(weight.clone().requires_grad_(), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not strongest.serves(weight, 1)
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_known_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PP_FX_CACHE", str(tmp_path))
+    assert strongest.LIBRARY.find() is None
+    built = strongest.LIBRARY.build()
+    assert strongest.LIBRARY.find() == built
+    other = tmp_path / "other.so"
+    other.write_bytes(b"no library")
+    with pytest.raises(BuildError, match="is no library of pp_fx operators"):
+        strongest.LIBRARY.check(other)
+    monkeypatch.setattr("pp_fx.native_library._processor", lambda: "another one")
+    assert strongest.LIBRARY.find() is None, "another processor has a library of its own"
+    broken = NativeLibrary("pp_fx_kernels", tmp_path / "src" / "broken.cpp")
+    broken.main.parent.mkdir()
+    broken.main.write_text("no C++")
+    with pytest.raises(BuildError, match="cannot build pp_fx_kernels"):
+        broken.build()
+
+
+def test_without_a_compiler_torch_computes_the_same_and_says_so(tmp_path):
+    code = (
+        "import os, warnings, torch\n"
+        "from pp_fx.kernels import strongest\n"
+        "torch.manual_seed(0)\n"
+        "f, x = torch.randn(2, 40), torch.randn(2, 24)\n"
+        "call = (f.abs(), f, x, torch.randn(40, 24), None, torch.randn(40, 24), None, 16)\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    found = [strongest.strongest(*call) for _ in range(2)]\n"
+        "assert len(seen) == 1 and 'no C++ compiler was found' in str(seen[0].message), seen\n"
+        "assert torch.equal(found[0], strongest._plain_strongest(*call))\n"
+    )
+    environment = {"PP_FX_CACHE": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
