@@ -128,7 +128,7 @@ def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int
                 difference = max(difference, ((out.logits.float() - expected)[real].abs().max() / scale).item())
         chosen: Any = selections_on(cache)
         agrees = True
-        for port in ports:
+        for port in (p for p in ports if p.travels):
             torch_kept = chosen.layers[port.index][port.kind].kept.cpu().numpy()
             ort_kept = ort_cache.compact[of_group(COMPACT, port.name, "kept")].numpy()  # type: ignore[union-attr]
             agrees &= bool(np.array_equal(torch_kept, ort_kept))
@@ -137,7 +137,7 @@ def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int
         if agrees:
             differences.append(difference)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    return Check(max(differences, default=math.inf), same / units, _TOLERANCE[dtype], len(shapes))
+    return Check(max(differences, default=math.inf), same / units if units else 1.0, _TOLERANCE[dtype], len(shapes))
 
 
 def _shapes(settings: ProbePruningConfig, longest: int) -> list[tuple[int, int]]:

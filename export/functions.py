@@ -43,6 +43,26 @@ def CompactOutput(X, weight):
 
 
 @script(_PP_FX, default_opset=opset23)
+def Strongest(strength, factor, X, up, up_bias, down, count):
+    """sum over a token's chosen channels c of factor_c * (X up_c + up_bias_c) * down_c: its `count` strongest.
+
+    strength fp32 and factor [N, C], X [N, H], up [C, H], up_bias [C], down [C, O], count int64 [1] -> [N, O].
+    """
+    z = factor * (opset23.MatMul(X, opset23.Transpose(up, perm=[1, 0])) + up_bias)
+    largest, _ = opset23.TopK(strength, count, axis=-1)
+    chosen = strength >= opset23.ReduceMin(largest, opset23.Constant(value_ints=[-1]), keepdims=1)
+    return opset23.MatMul(opset23.Where(chosen, z, opset23.CastLike(opset23.Constant(value_float=0.0), z)), down)
+
+
+@script(_PP_FX, default_opset=opset23)
+def StrongestOutput(strength, z, down, count):
+    """As `Strongest` where the output projection's input z [N, C] is known: [N, O]."""
+    largest, _ = opset23.TopK(strength, count, axis=-1)
+    chosen = strength >= opset23.ReduceMin(largest, opset23.Constant(value_ints=[-1]), keepdims=1)
+    return opset23.MatMul(opset23.Where(chosen, z, opset23.CastLike(opset23.Constant(value_float=0.0), z)), down)
+
+
+@script(_PP_FX, default_opset=opset23)
 def Solve(A, B):
     """A^-1 B, A symmetric positive definite with eigenvalues of at least 1: Gauss-Jordan elimination by blocks.
 
@@ -124,6 +144,31 @@ _BOUNDARY = Op(
 _SOLVE = Op(_PP_FX, "Solve", _schema("Solve", {"A": "T", "B": "T"}, [("T", ["tensor(float)"], "")]))
 
 
+_TYPES = [
+    ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+    ("F", ["tensor(float)"], ""),
+    ("I", ["tensor(int64)"], ""),
+]
+_GATED = {"strength": "F", "factor": "T", "X": "T", "up": "T", "up_bias": "T", "down": "T", "count": "I"}
+_STRONGEST = Op(_PP_FX, "Strongest", _schema("Strongest", _GATED, _TYPES))
+_UNGATED = {"strength": "F", "z": "T", "down": "T", "count": "I"}
+_STRONGEST_OUTPUT = Op(_PP_FX, "StrongestOutput", _schema("StrongestOutput", _UNGATED, _TYPES))
+
+
+def _strongest(
+    strength: Any, factor: Any, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, count: int
+) -> Any:
+    asked = opset23.Constant(value_ints=[count])
+    if up is None:
+        made = _STRONGEST_OUTPUT(strength, factor, down, asked)
+    else:
+        if up_bias is None:
+            channels = opset23.Shape(up, start=0, end=1)
+            up_bias = opset23.Expand(opset23.CastLike(opset23.Constant(value_floats=[0.0]), up), channels)
+        made = _STRONGEST(strength, factor, x, up, up_bias, down, asked)
+    return made if down_bias is None else made + down_bias
+
+
 def _solve(a: Any, b: Any) -> Any:
     return _SOLVE(a, b)
 
@@ -151,11 +196,12 @@ TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     SOLVE: _solve,
     BOUNDARY: _boundary,
+    torch.ops.pp_fx.strongest.default: _strongest,
 }
 """torch operator -> call of the ONNX operator."""
 
 
-FUNCTIONS = (Solve, CompactLinear, CompactSwiGLU, CompactOutput)
+FUNCTIONS = (Solve, CompactLinear, CompactSwiGLU, CompactOutput, Strongest, StrongestOutput)
 """Operators that may be left in a file; `Boundary` is gone by then."""
 
 

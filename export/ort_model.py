@@ -53,6 +53,7 @@ class OrtModel(GenerationMixin):
         history: input name -> OrtValue of the history in use; updated by every call that selects while
             `updates_history` is set.
         reuses: decoding runs the prompt's selection (False: all units, decode="dense").
+        steps: decoding tokens choose for themselves (decode="step"): short calls do so, first ones too.
         updates_history: feed the history back (False: it stays as exported).
     """
 
@@ -62,10 +63,16 @@ class OrtModel(GenerationMixin):
     input_modalities = ("text",)
 
     def __init__(
-        self, session: Any, config: Any, generation_config: Any, min_select_tokens: int, reuses: bool = True
+        self,
+        session: Any,
+        config: Any,
+        generation_config: Any,
+        min_select_tokens: int,
+        reuses: bool = True,
+        steps: bool = False,
     ) -> None:
         self.session, self.config, self.generation_config = session, config, generation_config
-        self.min_select_tokens, self.reuses = min_select_tokens, reuses
+        self.min_select_tokens, self.reuses, self.steps = min_select_tokens, reuses, steps
         self.device = torch.device("cpu")
         self._memory = "cuda" if session.get_providers()[0] == CUDA else "cpu"
         self.updates_history = False
@@ -130,8 +137,8 @@ class OrtModel(GenerationMixin):
         config = AutoConfig.from_pretrained(directory)
         generation = GenerationConfig.from_pretrained(directory)
         settings = read_settings(directory)
-        reuses = settings["config"]["decode"] != "dense"
-        return cls(session, config, generation, settings["min_select_tokens"], reuses)
+        decode = settings["config"]["decode"]
+        return cls(session, config, generation, settings["min_select_tokens"], decode != "dense", decode == "step")
 
     def can_generate(self) -> bool:
         return True
@@ -196,7 +203,7 @@ class OrtModel(GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         if selects is None:
-            selects = before == 0 or length >= self.min_select_tokens
+            selects = length >= self.min_select_tokens or (before == 0 and not self.steps)
         feeds = {INPUT_IDS: input_ids, MASK: attention_mask, POSITIONS: position_ids.expand(batch, -1)}
         binding = self.session.io_binding()
         for name, tensor in feeds.items():

@@ -45,7 +45,7 @@ class Outside:
         for port in ports:
             for key, tensor in port.history().items():
                 self._option(of_group(HISTORY, port.name, key), tensor)
-            for key, tensor in port.dense().items():
+            for key, tensor in port.dense().items() if port.travels else ():
                 self._option(of_group(COMPACT, port.name, key), tensor)
 
     def _option(self, name: str, tensor: Any) -> None:

@@ -60,6 +60,11 @@ class Port:
         return list(zip(numbered, self.group.inputs, strict=True))
 
     @property
+    def travels(self) -> bool:
+        """Whether a prompt's selection leaves the graph, for the steps that reuse it."""
+        return not self.layer.__dict__[LAYER].settings.steps
+
+    @property
     def learns(self) -> bool:
         """Whether prefill updates the history."""
         return self.state.energy is not None and self.state.mode == "run"
@@ -145,7 +150,7 @@ def homes(path: str, ports: list[Port]) -> dict[str, str]:
         path: of the layers in the model.
     """
     found = {}
-    for port in ports:
+    for port in (p for p in ports if p.travels):
         for label, part in port.inputs:
             if part.rows is None and not part.transposed:
                 found[f"{path}.{port.index}.{part.path}"] = of_group(COMPACT, port.name, label)

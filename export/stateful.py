@@ -38,6 +38,9 @@ def write_stateful(directory: Path) -> None:
     for value in (*compact, next(v for v in graph.inputs if v.name == KEEP_LOGITS)):
         del graph.initializers[str(value.name)]
         value.const_value = None
+    if not compact:  # each token chooses for itself: nothing is fed back
+        ir.save(model, directory / STATEFUL)
+        return
     kept = next(v for v in compact if str(v.name).endswith(".kept"))
     size = ir.Node("", "Size", [kept])
     holds = ir.Node("", "Cast", [size.outputs[0]], [ir.AttrInt64("to", ir.DataType.BOOL)])

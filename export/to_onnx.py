@@ -17,6 +17,7 @@ from ..process_settings import own_defaults
 from ..rewrite.layer import layers_of, settings_of
 from ..runtime.modes import guard_lifted
 from ..runtime.names import LAYER
+from ..runtime.state import states_of
 from .agreement import compare_with_torch
 from .folder import DATA, MODEL, finish, prepare, write_configs
 from .functions import add_functions
@@ -84,7 +85,7 @@ def onnx(
 def build(model: Any, ports: list[Port], opset: int) -> ir.Model:
     """The merged graph of a transformed model with these ports (`ports_of`)."""
     layers, settings = Layers.of(model), settings_of(model)
-    owner = ports[0].layer.__dict__[LAYER].owner
+    owner = layers.all[0].__dict__[LAYER].owner
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter's hints on packages that play no part here
     try:
@@ -133,11 +134,11 @@ def _check(model: Any, opset: int) -> list[Port]:
             f"dtype={weight.dtype} is not supported by the exporter; call model.float() or model.half() before"
         )
     ports = ports_of(model)
-    if not ports:
+    if not ports and not any(state.steps for state in states_of(model)):
         raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")
     if settings_of(model).reprobes:
         raise ExportError(
-            "decode='probe' and drift_threshold have no ONNX form; transform with decode='sticky' or 'dense'"
+            "decode='probe' and drift_threshold have no ONNX form; transform with decode='step', 'sticky' or 'dense'"
         )
     return ports
 
@@ -160,7 +161,7 @@ def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
         "opset": opset,
         "dtype": card["dtype"],
         "min_select_tokens": settings.min_select_tokens,
-        "calibrated": bool(ports[0].state.calibrated),
+        "calibrated": any(port.state.calibrated for port in ports),
         "config": settings.to_dict(),
         "card": card,
     }

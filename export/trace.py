@@ -69,7 +69,8 @@ class Prefill(nn.Module):
             logits, present = _run(self.model, input_ids, attention_mask, position_ids, cache)
             updated = {port.name: port.history() for port in self.ports if port.learns}
             selections: Any = selections_on(cache)
-            compact = {p.name: p.compact(selections.layers[p.index][p.kind]) for p in self.ports}
+            travelling = (p for p in self.ports if p.travels)
+            compact = {p.name: p.compact(selections.layers[p.index][p.kind]) for p in travelling}
         return logits, present, updated, compact
 
 
@@ -94,7 +95,7 @@ class Decode(nn.Module):
             for layer, given in zip(layers_of(self.model), weights, strict=True):
                 stack.enter_context(with_tensors(layer, given))
             selections = put_selections(cache, self.owner)
-            for port in self.ports:
+            for port in (p for p in self.ports if p.travels):
                 selections.layers.setdefault(port.index, {})[port.kind] = port.selection(compact[port.name])
             return _run(self.model, input_ids, attention_mask, position_ids, cache)
 
@@ -133,7 +134,7 @@ def trace_prefill(
 ) -> Any:
     """torch.onnx program of the prefill phase. `past`: shapes of keys and values (`key_value_shapes`)."""
     history = {p.name: p.history() for p in ports if p.learns}
-    compact = {p.name: p.dense() for p in ports}
+    compact = {p.name: p.dense() for p in ports if p.travels}
     outputs = [*_tensor_names(PRESENT_HISTORY, history), *_tensor_names(PRESENT_COMPACT, compact)]
     # longer than `min_select_tokens`, so that the trace follows the long branch of whatever looks at the length
     length = 8 + settings.min_select_tokens
@@ -146,6 +147,7 @@ def trace_decode(
     model: Any, ports: list[Port], owner: int, opset: int, past: list[tuple[torch.Size, torch.Size]]
 ) -> Any:
     """torch.onnx program of the decode phase: a call of any length that reuses a selection."""
+    ports = [p for p in ports if p.travels]
     compact = {p.name: p.dense() for p in ports}
     kept = {p.name: f"kept_{p.index}_{p.kind}" for p in ports}
     shapes: dict[str, Any] = {

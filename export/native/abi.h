@@ -52,7 +52,7 @@ namespace ort {
 constexpr uint32_t kApiVersion = 18;        // of the table that is asked for: onnxruntime 1.18 and later have it
 constexpr uint32_t kCustomOpVersion = 17;   // the layout above
 constexpr int kInvalidArgument = 2;         // OrtErrorCode
-constexpr int kFloat = 1, kFloat16 = 10, kBFloat16 = 16;  // ONNXTensorElementDataType
+constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;  // ONNXTensorElementDataType
 
 enum Slot {
   kCreateStatus = 0,

@@ -9,6 +9,7 @@
 
 #include "abi.h"
 #include "products.h"
+#include "strongest.h"
 
 #ifndef PP_FX_VERSION
 #error "define PP_FX_VERSION, as pp-fx build-ort-ops does"
@@ -151,6 +152,42 @@ OrtStatus* compact_output(OrtKernelContext* context) {
   return nullptr;
 }
 
+constexpr size_t kTasksOfStep = 8;  // more than most machines have cores left for one token
+
+// strength fp32 [N, C], factor [N, C], and X [N, H], up [C, H], up_bias [C] if `gated`; down [C, O], count int64 [1]:
+// see Strongest and StrongestOutput -> [N, O]
+template <class T, bool gated>
+OrtStatus* strongest(OrtKernelContext* context) {
+  const Tensor strength = ort::input(context, 0), factor = ort::input(context, 1);
+  const Tensor x = ort::input(context, gated ? 2 : 1), up = ort::input(context, gated ? 3 : 1);
+  const Tensor bias = ort::input(context, gated ? 4 : 1), down = ort::input(context, gated ? 5 : 2);
+  const Tensor count = ort::input(context, gated ? 6 : 3);
+  if (auto* error = first_error({&strength, &factor, &x, &up, &bias, &down, &count})) return error;
+  bool fits = strength.rank == 2 && factor.rank == 2 && down.rank == 2 && count.rank == 1 && count.shape[0] == 1 &&
+              factor.shape[0] == strength.shape[0] && factor.shape[1] == strength.shape[1] &&
+              down.shape[0] == strength.shape[1];
+  if (gated)
+    fits = fits && x.rank == 2 && up.rank == 2 && bias.rank == 1 && x.shape[0] == strength.shape[0] &&
+           up.shape[0] == strength.shape[1] && bias.shape[0] == strength.shape[1] && up.shape[1] == x.shape[1];
+  if (!fits) return ort::invalid("pp_fx.Strongest: strength, factor, X, up, up_bias, down do not fit each other");
+  const size_t tokens = strength.rows(), channels = strength.last(), width = down.last();
+  const int64_t asked = *static_cast<const int64_t*>(count.data);
+  if (asked < 1 || static_cast<size_t>(asked) > channels)
+    return ort::invalid("pp_fx.Strongest: count and the number of channels do not fit each other");
+  const int64_t shape[] = {strength.shape[0], down.shape[1]};
+  void* out = nullptr;
+  if (auto* error = ort::output(context, shape, 2, &out)) return error;
+  if (!tokens || !width) return nullptr;
+  auto of = [](const Tensor& t) { return static_cast<const T*>(t.data); };
+  OrtStatus* failed = nullptr;
+  auto parallel_for = [&](size_t tasks, auto task) { failed = ort::parallel_for(context, tasks, task); };
+  const kernels::Matrix<T> rows = {gated ? of(up) : nullptr, up.last(), up.last()};
+  kernels::strongest<T>(static_cast<const float*>(strength.data), of(factor), of(x), rows, gated ? of(bias) : nullptr,
+                        {of(down), width, width}, nullptr, static_cast<T*>(out), tokens, channels, asked, kTasksOfStep,
+                        parallel_for);
+  return failed;
+}
+
 // A [n, n] symmetric positive definite, B [n, m] -> A^-1 B
 OrtStatus* solve(OrtKernelContext* context) {
   const Tensor a = ort::input(context, 0), b = ort::input(context, 1);
@@ -178,17 +215,17 @@ OrtStatus* solve(OrtKernelContext* context) {
 
 struct Op : OrtCustomOp {
   const char* name;
-  size_t inputs;
-  int type;
+  std::vector<int> inputs;  // types
+  int type;                 // of the output
   OrtStatus* (*compute)(OrtKernelContext*);
 
-  Op(const char* name, size_t inputs, int type, OrtStatus* (*compute)(OrtKernelContext*))
+  Op(const char* name, std::vector<int> inputs, int type, OrtStatus* (*compute)(OrtKernelContext*))
       : OrtCustomOp{}, name(name), inputs(inputs), type(type), compute(compute) {
     version = ort::kCustomOpVersion;
     GetName = [](const OrtCustomOp* op) { return self(op)->name; };
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
-    GetInputType = [](const OrtCustomOp* op, size_t) { return self(op)->type; };
-    GetInputTypeCount = [](const OrtCustomOp* op) { return self(op)->inputs; };
+    GetInputType = [](const OrtCustomOp* op, size_t index) { return self(op)->inputs[index]; };
+    GetInputTypeCount = [](const OrtCustomOp* op) { return self(op)->inputs.size(); };
     GetOutputType = [](const OrtCustomOp* op, size_t) { return self(op)->type; };
     GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
     GetInputCharacteristic = GetOutputCharacteristic = GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
@@ -215,14 +252,17 @@ struct Op : OrtCustomOp {
 
 template <class T>
 std::vector<Op> ops_of(int type) {
-  return {{"CompactLinear", 2, type, compact_linear<T>},
-          {"CompactSwiGLU", 3, type, compact_swiglu<T>},
-          {"CompactOutput", 2, type, compact_output<T>}};
+  const int strength = ort::kFloat, count = ort::kInt64;
+  return {{"CompactLinear", {type, type}, type, compact_linear<T>},
+          {"CompactSwiGLU", {type, type, type}, type, compact_swiglu<T>},
+          {"CompactOutput", {type, type}, type, compact_output<T>},
+          {"Strongest", {strength, type, type, type, type, type, count}, type, strongest<T, true>},
+          {"StrongestOutput", {strength, type, type, count}, type, strongest<T, false>}};
 }
 
 std::vector<Op>& all_ops() {
   static std::vector<Op> ops = [] {
-    std::vector<Op> found = {{"Solve", 2, ort::kFloat, solve}};
+    std::vector<Op> found = {{"Solve", {ort::kFloat, ort::kFloat}, ort::kFloat, solve}};
     for (auto& more : {ops_of<float>(ort::kFloat), ops_of<kernels::Half>(ort::kFloat16),
                        ops_of<kernels::BFloat16>(ort::kBFloat16)})
       found.insert(found.end(), more.begin(), more.end());

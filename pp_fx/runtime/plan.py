@@ -133,7 +133,7 @@ def _stored(layer: LayerInfo, selections: Selections | None) -> dict[str, Select
 def new_selection(layer: LayerInfo, plan: Plan, kind: str, kept: Tensor, columns: Tensor) -> Selection:
     """A selection of these units, kept with the generation that it belongs to: in the memory of the one before."""
     if plan.cache is None or plan.settings.steps:
-        return Selection(kept, columns, layer.version)
+        return Selection(kept, columns, layer.version, exports=plan.exports)
     selections = put_selections(plan.cache, layer.owner)
     if layer.index not in selections.layers:
         selections.layers[layer.index] = {}

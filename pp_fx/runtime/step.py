@@ -36,11 +36,12 @@ def gated_step(
         return None
     rows = x.flatten(0, -2)
     native = not plan.exports and strongest.serves(weight, rows.shape[0])
+    at_once = native or plan.exports
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
     linear = strongest.linear_rows if native else F.linear
     factor = state.factor(state, linear(rows, gate_weight, gate_bias))  # type: ignore[misc]
     strength = _strength(state, factor)
-    if native:
+    if at_once:
         out = strongest.strongest(
             strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units
         )
@@ -64,7 +65,7 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
         return None
     rows = z.flatten(0, -2)
     strength = _strength(state, rows)
-    if not plan.exports and strongest.serves(weight, rows.shape[0]):
+    if plan.exports or strongest.serves(weight, rows.shape[0]):
         out = strongest.strongest(strength, rows, rows, None, None, weight.t(), bias, state.step_units)
     else:
         out = F.linear(strongest.masked(strength, rows, state.step_units), weight, bias)
