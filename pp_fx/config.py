@@ -88,8 +88,8 @@ class ProbePruningConfig:
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
             attention heads stay) or "step" (every token of a decode step chooses the MLP's channels for itself, by its
             own gate; attention heads run whole).
-        decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, counted and spread over
-            the layers as `mlp_ratio`. None: the same as `mlp_ratio`.
+        decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, in [0, 0.95]: in every
+            layer, `skip_layers` or not, or a tuple with the ratio of every layer. None: the same as `mlp_ratio`.
         reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
             residual is kept with the selection.
         drift_threshold: in (0, 1], with decode="sticky": every `reprobe_every` decoded tokens these are
@@ -165,6 +165,8 @@ class ProbePruningConfig:
         _choice("decode", self.decode, get_args(DecodeMode))
         if self.decode_ratio is not None:
             _ratio("decode_ratio", self.decode_ratio)
+            if not isinstance(self.decode_ratio, tuple):
+                _number("decode_ratio", self.decode_ratio, 0, LARGEST_RATIO)
             if self.decode != "step":
                 raise ConfigError(
                     f"decode_ratio={self.decode_ratio} has no meaning with decode={self.decode!r}, which has no ratio of "
@@ -248,13 +250,13 @@ class ProbePruningConfig:
         """
         ratio = getattr(self, name)
         if ratio is None:
-            return self.layer_ratios("mlp_ratio", layers)
+            ratio = self.mlp_ratio
         if isinstance(ratio, tuple):
             if len(ratio) != layers:
                 raise ConfigError(f"{name} names {len(ratio)} layers, the model has {layers}; give one ratio for each")
             return list(ratio)
-        if ratio == 0:
-            return [0.0] * layers
+        if ratio == 0 or name == "decode_ratio":
+            return [float(ratio)] * layers
         if self.skip_layers >= layers:
             raise ConfigError(
                 f"skip_layers={self.skip_layers} leaves nothing to prune in a model of {layers} layers; lower it"
