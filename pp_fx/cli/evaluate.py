@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ from rich.table import Table
 from ..calibration.ranks import processes
 from ..measure.macs import Macs
 from ..measure.run_eval import run_eval
-from ..text import PYTHON_DOCS, read, sequences
+from ..measure.run_task import run_task
+from ..text import read, sequences
 from .app import app
 from .options import (
     CALIBRATION,
@@ -34,15 +36,20 @@ from .options import (
     read_settings,
     write_json,
 )
+from .tasks import NewTokens, Problems, Task, Text, check_one_process, check_text_or_task, problems_of, show_task
 
 
 @app.command("eval")
 def eval_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file, or smollm2 (embedded).")],
-    text: Annotated[str, typer.Option(help=f"UTF-8 file, or {PYTHON_DOCS}.")],
+    text: Text = None,
+    task: Task = None,
     calibration: Annotated[str | None, typer.Option(help=f"{CALIBRATION}; left out: probe alone.")] = None,
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
     length: Length = 512,
+    problem_count: Problems = None,
+    new_tokens: NewTokens = 256,
     batch: Batch = 20,
     dtype: Dtype = "bfloat16",
     mlp_ratio: MlpRatio = None,
@@ -50,26 +57,43 @@ def eval_command(
     skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
+    decode: Annotated[str | None, typer.Option(help="Of --task: sticky, dense or probe; left out: config's.")] = None,
     compile_model: Compile = False,
     json_file: Json = None,
 ) -> None:
-    """Perplexity and time of MODEL, dense and pruned, over a text. Under torchrun the processes share the batches."""
+    """Perplexity and time of MODEL, dense and pruned, over a text; or how many problems of a task it solves.
+
+    Under torchrun the processes share the batches of a text.
+    """
+    check_text_or_task(
+        context, text, task, ("sequence_count", "length", "compile_model"), ("problem_count", "new_tokens", "decode")
+    )
     console = console_for(json_file)
     settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
+    if decode is not None:
+        settings = dataclasses.replace(settings, decode=decode)
     dtype_of(dtype)
     check_calibrated(settings, calibration)
-    texts = {"text": read(text)}
+    texts = {} if text is None else {"text": read(text)}
     if calibration is not None:
         texts["calibration"] = read(calibration, "calibration")
     check_fit(settings, model)
+    problems = [] if task is None else problems_of(problem_count, batch, new_tokens)
     with processes() as rank:
+        check_one_process(task)
         loaded, tokenizer = load_dense(model, dtype)
-        ids = sequences(texts["text"], tokenizer, sequence_count, length)
+        ids = None if text is None else sequences(texts["text"], tokenizer, sequence_count, length)
         sample = None if calibration is None else calibration_of(texts["calibration"], tokenizer, loaded)
         progress = json_file != "-" and rank == 0
-        result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=progress)
+        if ids is not None:
+            result = run_eval(loaded, ids, batch, settings, sample, compiled=compile_model, progress=progress)
+        else:
+            result = run_task(
+                loaded, tokenizer, problems, settings, sample, batch=batch, new_tokens=new_tokens, progress=progress
+            )
     if rank == 0:
-        show_evaluation({"model": model, **result}, json_file, console)
+        show = show_evaluation if task is None else show_task
+        show({"model": model, **result}, json_file, console)
 
 
 def show_evaluation(result: dict[str, Any], json_file: str | None, console: Console) -> None:
