@@ -31,6 +31,7 @@ class GroupState(nn.Module):
         units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
         kept_units: how many units run; a fixed Python int, so that every shape is static.
         column: fp32 [units, width], what the score precomputes of the output projection.
+        reach: fp32 [H], the squared column norms of the input projections; None where the probe does not rank by them.
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
         directions: bf16 [r, C], principal directions of z from calibration, zeros before; None where no compensation
@@ -48,6 +49,7 @@ class GroupState(nn.Module):
     """
 
     column: Tensor
+    reach: Tensor | None
     energy: Tensor | None
     mean: Tensor | None
     directions: Tensor | None
@@ -67,6 +69,7 @@ class GroupState(nn.Module):
         kv_head: tuple[int, ...] | None = None,
         rows: dict[int, tuple[int, ...]] | None = None,
         reprobes: bool = False,
+        reach: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.kind: Kind = kind
@@ -89,6 +92,7 @@ class GroupState(nn.Module):
 
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
+            buffer("reach", reach if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
             buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
             ranked = sizes is not None and self.compensation == "least_squares"
@@ -111,11 +115,11 @@ class GroupState(nn.Module):
         """Whether the score looks at how the heads meet in the output."""
         return self.prunes and SCORES[self.score].gram
 
-    def refresh(self, weight: Tensor) -> None:
-        """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
+    def refresh(self, weight: Tensor, reach: Tensor | None) -> None:
+        """Recompute what depends on the output projection's weight [H, C], and take `reach`: after load_state_dict."""
         if self.prunes and not weight.is_meta:
             with torch.inference_mode(False):
-                self.column = self._column(weight)
+                self.column, self.reach = self._column(weight), reach
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)
