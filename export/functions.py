@@ -155,9 +155,7 @@ _UNGATED = {"strength": "F", "z": "T", "down": "T", "count": "I"}
 _STRONGEST_OUTPUT = Op(_PP_FX, "StrongestOutput", _schema("StrongestOutput", _UNGATED, _TYPES))
 
 
-def _strongest(
-    strength: Any, factor: Any, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, count: int
-) -> Any:
+def _strongest(strength: Any, factor: Any, x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, count: int) -> Any:
     asked = opset23.Constant(value_ints=[count])
     if up is None:
         made = _STRONGEST_OUTPUT(strength, factor, down, asked)

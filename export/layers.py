@@ -47,7 +47,9 @@ class Layers:
         for layer in layers:
             states = layer.states().values() if isinstance(layer, ProbePrunedLayer) else ()
             shapes = tuple((n, t.shape, t.dtype) for n, t in tensors_of(layer).items())
-            keys.append((type(layer), shapes, tuple((s.kind, s.kept_units, s.step_units, s.mode, s.calibrated) for s in states)))
+            keys.append(
+                (type(layer), shapes, tuple((s.kind, s.kept_units, s.step_units, s.mode, s.calibrated) for s in states))
+            )
         distinct = list(dict.fromkeys(keys))
         return cls(path, list(layers), [distinct.index(k) for k in keys], [keys.index(k) for k in distinct])
 

@@ -10,6 +10,7 @@ from .checks import check_choice, check_integers, check_number
 from .errors import ConfigError
 
 FirstPosition = Literal["always", "few", "never"]
+Ranking = Literal["residual", "outlier", "even"]
 ProbeAttention = Literal["queries", "rows"]
 
 _number = functools.partial(check_number, error=ConfigError)
@@ -20,12 +21,11 @@ _choice = functools.partial(check_choice, error=ConfigError)
 class ProbeConfig:
     """Which rows of the residual run ahead as the probe.
 
-    The probe is a static rectangle of B' samples x T' positions, both ranked by the norm of the residual
-    (paper, section 3.1). T' = ceil(token_fraction * T), B' = ceil(sample_fraction * B); the default takes 2.5% of
-    the positions of *all* samples, the paper 50% of the positions of 5% of the samples. Positions count from each
-    sample's first real token, on whichever side it is padded; T, of which the share is taken, is the width of the
-    batch, padding included, as every count of tokens in `ProbePruningConfig`: a shape is known without waiting for
-    the device.
+    The probe is a static rectangle of B' samples x T' positions (paper, section 3.1).
+    T' = ceil(token_fraction * T), B' = ceil(sample_fraction * B); the default takes 2.5% of the positions of *all*
+    samples, the paper 50% of the positions of 5% of the samples. Positions count from each sample's first real token,
+    on whichever side it is padded; T, of which the share is taken, is the width of the batch, padding included, as
+    every count of tokens in `ProbePruningConfig`: a shape is known without waiting for the device.
 
     Args:
         token_fraction: share of the positions, in (0, 1].
@@ -34,7 +34,10 @@ class ProbeConfig:
         attention: "queries": the probe rows of an attention branch are its queries and attend to the whole keys and
             values, which no pruning touches; "rows": they attend to each other alone (paper).
         first_position: put position 0, each sample's first real token, into the probe in place of the lowest ranked
-            pick: "always", "few" (the authors' rule: only if at most 10 positions are picked), "never".
+            pick (of even ones, the first): "always", "few" (the authors' rule: only if at most 10 are picked), "never".
+        ranking: of positions and samples: "residual", by the norm of the residual (paper); "outlier", the same with
+            every feature weighted by what the branch's input projections make of it (after OCP, Ji and Sun, ACL 2026);
+            "even", evenly spaced.
     """
 
     token_fraction: float = 0.025
@@ -42,11 +45,13 @@ class ProbeConfig:
     min_positions: int = 2
     first_position: FirstPosition = "always"
     attention: ProbeAttention = "queries"
+    ranking: Ranking = "residual"
 
     def __post_init__(self) -> None:
         for name in ("token_fraction", "sample_fraction"):
             _number(f"probe.{name}", getattr(self, name), 1e-6, 1)
         check_integers(1, ConfigError, **{"probe.min_positions": self.min_positions})
+        _choice("probe.ranking", self.ranking, get_args(Ranking))
         _choice("probe.first_position", self.first_position, get_args(FirstPosition))
         _choice("probe.attention", self.attention, get_args(ProbeAttention))
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ..config import Kind, ProbePruningConfig
 from ..errors import StateError
 from ..groups.group import Group
+from ..methods.score import column_sum
 from ..runtime.names import LAYER, state_name
 from ..runtime.plan import LayerInfo
 from ..runtime.state import GroupState
@@ -56,10 +57,10 @@ class ProbePrunedLayer:
         self.__dict__[LAYER].version = next(_versions)
         for kind, state in self.states().items():
             if state.prunes or state.steps:
-                group = self.groups[kind]
+                group, settings = self.groups[kind], self.__dict__[LAYER].settings
                 for path in group.gathered_by_column:
                     _lay_out(self.get_parameter(path), state.steps and path == group.output.path)  # type: ignore[attr-defined]
-                state.refresh(output_weight(self, self.groups[kind]))  # type: ignore[arg-type]
+                state.refresh(output_weight(self, group), input_reach(self, group, settings))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError(
@@ -166,6 +167,25 @@ def output_weight(layer: nn.Module, group: Group) -> Tensor:
     """Weight [H, C] of a group's output projection."""
     weight = layer.get_parameter(group.output.path)
     return weight.t() if group.output.transposed else weight
+
+
+@torch.no_grad()
+def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) -> Tensor | None:
+    """How strongly a branch's input projections read each feature, fp32 [H]; None where no probe ranks by it.
+
+    The squared column norms of their weights; ones where the branch reads the residual through no projection.
+    """
+    if settings.probe is None or settings.probe.ranking != "outlier":
+        return None
+    width = output_weight(layer, group).shape[0]
+    with torch.inference_mode(False):
+        total = torch.zeros(width, dtype=torch.float32, device=output_weight(layer, group).device)
+        for part in group.inputs or group.read:
+            weight = layer.get_parameter(part.path)
+            weight = weight.t() if part.transposed else weight
+            if weight.shape[1] == width:
+                total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)
+        return total if total.is_meta or bool(total.any()) else torch.ones_like(total)
 
 
 def _refresh_after_load(layer: Any, _incompatible: Any) -> None:

@@ -20,7 +20,7 @@ from ..runtime.state import GroupState
 from .break_even import TOKENS, set_guard
 from .bypassed import Inside, refuse_hooks
 from .call_check import ModelInfo, check_call
-from .layer import ProbePrunedLayer, install, layers_of, output_weight, uninstall
+from .layer import ProbePrunedLayer, input_reach, install, layers_of, output_weight, uninstall
 from .refusals import (
     check_model,
     collects_attention,
@@ -152,6 +152,7 @@ def _state(
     scattered = {i: p.rows for i, p in enumerate((*group.inputs, *group.whole)) if p.rows and p.range is None}
     extra: dict[str, Any] = {"reprobes": structure.reprobes[group.kind], "rows": scattered}
     extra |= {"step_units": run, "factor": structure.factors.get(group.kind)}
+    extra["reach"] = input_reach(layer, group, settings)
     if isinstance(group, AttentionGroup):
         extra["kv_head"] = group.kv_head
     return GroupState(

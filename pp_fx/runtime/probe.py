@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..probe_config import ceil_share
 from ..kernels import top
+from ..probe_config import ceil_share
 from .buffers import keep
 from .plan import LayerInfo, Plan
 from .selections import put_selections
@@ -57,7 +57,7 @@ def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerIn
 
 
 def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:
-    """Rank positions, then samples, by the norm of the residual [B, T, H]; padded rows rank last.
+    """Rank positions, then samples, of the residual [B, T, H] (`ProbeConfig.ranking`); padded rows rank last.
 
     Positions count from each sample's first real token, on whichever side it is padded; how many there are is a share
     of the batch's width, padding included.
@@ -78,23 +78,32 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None
     if state.calibrated and not plan.exports and length < plan.settings.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `too_short`
-    energy = _energy(source)
-    energy = torch.where(energy.isfinite(), energy, 0.0)
-    start = None
+    energy, start = None, None
+    if settings.ranking != "even":
+        energy = _energy(source, state.reach)
+        energy = torch.where(energy.isfinite(), energy, 0.0)
     if real is not None:
         start = first_real(real)
         real = left_aligned(real, start)
-        energy = torch.where(real, left_aligned(energy, start), 0.0)
+        energy = None if energy is None else torch.where(real, left_aligned(energy, start), 0.0)
     smaller, larger = _bounds(plan)
     wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
-    rank = energy.sum(0)
-    if settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10):
-        rank = torch.where(torch.arange(length, device=rank.device) == 0, torch.inf, rank)
-    positions = top(rank, wanted, plan.exports)
+    first = settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10)
+    if energy is None:
+        positions = _evenly(length, wanted, source.device)
+        positions = torch.where(positions == positions[0], 0, positions) if first else positions
+    else:
+        rank = energy.sum(0)
+        if first:
+            rank = torch.where(torch.arange(length, device=rank.device) == 0, torch.inf, rank)
+        positions = top(rank, wanted, plan.exports)
     samples = None
     if settings.sample_fraction < 1:
         count = larger(1, ceil_share(batch, settings.sample_fraction))
-        samples = top(energy.index_select(1, positions).sum(1), count, plan.exports)
+        if energy is None:
+            samples = _evenly(batch, count, source.device)
+        else:
+            samples = top(energy.index_select(1, positions).sum(1), count, plan.exports)
     if real is None or start is None:
         return ProbeRows(samples, positions, None)
     real = real.index_select(1, positions)
@@ -125,9 +134,16 @@ def too_short(state: GroupState, plan: Plan) -> Tensor:
     return torch.scalar_tensor(plan.shape[1], dtype=torch.int64) < plan.settings.min_select_tokens
 
 
-def _energy(source: Tensor) -> Tensor:
-    """The squared norm of every row of [B, T, H]: fp32 (or fp64) [B, T]."""
+def _evenly(total: Any, count: Any, device: torch.device) -> Tensor:
+    """The middles of `count` equal parts of 0 .. total - 1: int64 [count], ascending and distinct."""
+    return (2 * torch.arange(count, device=device) + 1) * total // (2 * count)
+
+
+def _energy(source: Tensor, reach: Tensor | None) -> Tensor:
+    """The squared norm of every row of [B, T, H], its features weighted by `reach` [H]: fp32 (or fp64) [B, T]."""
     dtype = torch.promote_types(source.dtype, torch.float32)
+    if reach is not None:
+        return source.to(dtype).square() @ reach.to(dtype)
     if torch.compiler.is_dynamo_compiling():  # written out it shares one pass over the rows with the layer's own norm
         return source.to(dtype).square().sum(-1)
     norm: Tensor = torch.linalg.vector_norm(source, dim=-1, dtype=dtype)

@@ -31,9 +31,10 @@ class GroupState(nn.Module):
         units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
         kept_units: how many units a selection keeps; a fixed Python int, so that every shape is static.
         step_units: how many channels each token of a decode step runs; all where tokens do not choose for themselves.
-        reach: fp32 [C], the norm of each channel's column of the output projection; None where nothing reads it.
+        column_norm: fp32 [C], the norm of each channel's column of the output projection; None without steps.
         factor: of a gated MLP, gate projection [.., C] -> what the up projection is multiplied by.
         column: fp32 [units, width], what the score precomputes of the output projection.
+        reach: fp32 [H], the squared column norms of the input projections; None where the probe does not rank by them.
         energy: fp32 [C] (history="channel"), [history_length, C] ("position") or None: running mean of z^2.
         mean: fp32 [C], running mean of z, or None without history.
         directions: bf16 [r, C], principal directions of z from calibration, zeros before; None where no compensation
@@ -51,6 +52,7 @@ class GroupState(nn.Module):
     """
 
     column: Tensor
+    column_norm: Tensor | None
     reach: Tensor | None
     energy: Tensor | None
     mean: Tensor | None
@@ -73,6 +75,7 @@ class GroupState(nn.Module):
         reprobes: bool = False,
         step_units: int | None = None,
         factor: Callable[..., Tensor] | None = None,
+        reach: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.kind: Kind = kind
@@ -96,7 +99,8 @@ class GroupState(nn.Module):
 
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
-            buffer("reach", _norms(weight) if self.steps else None)
+            buffer("column_norm", _norms(weight) if self.steps else None)
+            buffer("reach", reach if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
             buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
             ranked = sizes is not None and self.compensation == "least_squares"
@@ -124,13 +128,15 @@ class GroupState(nn.Module):
         """Whether the score looks at how the heads meet in the output."""
         return self.prunes and SCORES[self.score].gram
 
-    def refresh(self, weight: Tensor) -> None:
-        """Recompute what depends on the output projection's weight [H, C] (after load_state_dict or `.to`)."""
+    def refresh(self, weight: Tensor, reach: Tensor | None) -> None:
+        """Recompute what depends on the output projection's weight [H, C], and take `reach`: after load_state_dict."""
+        if weight.is_meta:
+            return
         with torch.inference_mode(False):
-            if self.prunes and not weight.is_meta:
-                self.column = self._column(weight)
-            if self.steps and not weight.is_meta:
-                self.reach = _norms(weight)
+            if self.prunes:
+                self.column, self.reach = self._column(weight), reach
+            if self.steps:
+                self.column_norm = _norms(weight)
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)

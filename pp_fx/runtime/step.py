@@ -42,9 +42,7 @@ def gated_step(
     factor = state.factor(state, linear(rows, gate_weight, gate_bias))  # type: ignore[misc]
     strength = _strength(state, factor)
     if at_once:
-        out = strongest.strongest(
-            strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units
-        )
+        out = strongest.strongest(strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units)
     else:
         z = factor * F.linear(rows, up_weight, up_bias)
         out = F.linear(strongest.masked(strength, z, state.step_units), weight, bias)
@@ -80,8 +78,8 @@ def steps(state: GroupState, plan: Plan) -> bool:
 @without_autocast
 def _strength(state: GroupState, factor: Tensor) -> Tensor:
     """|factor| times the norm of the channel's output column: fp32 [N, C]."""
-    assert state.reach is not None
-    return factor.float().abs() * state.reach
+    assert state.column_norm is not None
+    return factor.float().abs() * state.column_norm
 
 
 def _rows(part: Part) -> tuple[Tensor, Tensor | None]:

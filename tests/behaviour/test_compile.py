@@ -11,6 +11,12 @@ from pp_fx.runtime.state import states_of
 
 CONFIGS = {
     "default": pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1),
+    "even": pp_fx.ProbePruningConfig(
+        mlp_ratio=0.4, skip_layers=1, round_to=1, probe=pp_fx.ProbeConfig(token_fraction=0.1, ranking="even")
+    ),
+    "outlier": pp_fx.ProbePruningConfig(
+        mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, probe=pp_fx.ProbeConfig(ranking="outlier")
+    ),
     "paper": pp_fx.ProbePruningConfig.paper(0.4, skip_layers=1, round_to=1),
 }
 

@@ -23,6 +23,7 @@ def cases(draw):
             token_fraction=draw(st.sampled_from([0.025, 0.25, 0.5, 1.0])),
             sample_fraction=draw(st.sampled_from([0.05, 0.5, 1.0])),
             min_positions=draw(st.sampled_from([1, 4])),
+            ranking=draw(st.sampled_from(["residual", "outlier", "even"])),
             first_position=draw(st.sampled_from(["always", "few", "never"])),
             attention=draw(st.sampled_from(["queries", "rows"])),
         ),
@@ -45,7 +46,7 @@ def cases(draw):
     return heads, kv, config, batch, length, mask, draw(st.integers(0, 10_000)), draw(st.booleans())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases())
 def test_graphs_match_the_reference(case):
     heads, kv, config, batch, length, mask, seed, bias = case

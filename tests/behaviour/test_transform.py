@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import importlib
 
 import pytest
@@ -73,13 +74,18 @@ def test_state_dict_keeps_names_and_shapes_and_layers_keep_their_class(llama):
     assert len({type(layer) for layer in llama.model.layers}) == 1  # one class and one graph per structure
 
 
+@pytest.mark.parametrize("ranking", ["residual", "outlier"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_a_dense_checkpoint_equals_transforming_it(llama, ids, assign):
+def test_loading_a_dense_checkpoint_equals_transforming_it(llama, ids, assign, ranking):
+    config = dataclasses.replace(PRUNED, probe=pp_fx.ProbeConfig(ranking=ranking))
     other = tiny_llama(seed=5)
-    pp_fx.transform(llama, PRUNED)
+    pp_fx.transform(llama, config)
     llama.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
-    pp_fx.transform(other, PRUNED)
+    pp_fx.transform(other, config)
     torch.testing.assert_close(logits(llama, ids), logits(other, ids))
+    for ours, theirs in zip(states_of(llama), states_of(other), strict=True):
+        assert (ours.reach is None) == (ranking == "residual" or not ours.prunes)
+        torch.testing.assert_close(ours.reach, theirs.reach)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -33,6 +33,7 @@ class Settings:
     min_tokens: int = 512
     joint_heads: bool = True
     queries: bool = True
+    ranking: str = "residual"
 
 
 @dataclass
@@ -83,9 +84,16 @@ class Reference:
         return gate * torch.sigmoid(gate) * layer.mlp.up_proj(x)
 
     # ------------------------------------------------------------------ the method
-    def rank(self, residual, real):
-        """Probe positions (from each sample's first real token) and samples: the rows with the largest norm."""
+    def rank(self, residual, real, readers):
+        """Probe positions (from each sample's first real token) and samples: the rows with the largest norm.
+
+        Ranked by "outlier", every feature counts as much as the weights `readers` [out, H] make of it.
+        """
         batch, length, _ = residual.shape
+        if self.s.ranking == "even":
+            return self.spread(batch, length)
+        if self.s.ranking == "outlier":
+            residual = residual * sum((w**2).sum(0) for w in readers).sqrt()
         norms = torch.zeros(batch, length)
         for b in range(batch):
             for t in range(self.begin[b], length):
@@ -104,6 +112,15 @@ class Reference:
         order = sorted(range(batch), key=lambda b: -by_sample[b].item())
         self.note_gap(by_sample[order], samples)
         return torch.tensor(picked), torch.tensor(sorted(order[:samples]))
+
+    def spread(self, batch, length):
+        """Probe positions and samples in the middles of equal parts."""
+        count = min(length, max(self.s.min_positions, math.ceil(round(self.s.token_fraction * length, 9))))
+        picked = [math.floor((i + 0.5) * length / count) for i in range(count)]
+        if self.s.first == "always" or (self.s.first == "few" and count <= 10):
+            picked[0] = 0
+        samples = min(batch, max(1, math.ceil(round(self.s.sample_fraction * batch, 9))))
+        return torch.tensor(picked), torch.tensor([math.floor((i + 0.5) * batch / samples) for i in range(samples)])
 
     def note_gap(self, ordered, count):
         if 0 < count < len(ordered):
@@ -170,7 +187,8 @@ class Reference:
         key = (index, kind)
         if self.prompt is not None:
             return self.decode(key, full, linear, width)
-        positions, samples = self.rank(residual, real)
+        readers = [layer.self_attn.q_proj] if kind == "attention" else [layer.mlp.gate_proj, layer.mlp.up_proj]
+        positions, samples = self.rank(residual, real, [linear.weight for linear in readers])
         columns = [(positions + self.begin[b]).clamp(max=residual.shape[1] - 1) for b in samples]
         inside = torch.stack([positions + self.begin[b] < residual.shape[1] for b in samples])
         probed = torch.stack([residual[b][c] for b, c in zip(samples, columns, strict=True)])

@@ -29,6 +29,6 @@ def reference_for(model, config):
             config.history_length, config.fusion_epsilon, config.momentum, config.compensation_mix,
             config.mlp_compensation, config.attention_compensation, config.history_rows,
             config.compensation_rows, config.compensation_ridge, config.compensation_min_tokens,
-            config.attention_score == "joint", p.attention == "queries",
+            config.attention_score == "joint", p.attention == "queries", p.ranking,
         ),
     )  # fmt: skip

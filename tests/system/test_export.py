@@ -226,12 +226,21 @@ def test_biases_and_fused_weights(family, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"decode": "dense", "mlp_compensation": None, "attention_compensation": None},
+        {
+            "decode": "dense",
+            "mlp_compensation": None,
+            "attention_compensation": None,
+            "probe": {"token_fraction": 0.1, "ranking": "outlier"},
+        },
+        {"attention_ratio": 0.0, "probe": {"token_fraction": 0.1, "sample_fraction": 0.6, "ranking": "even"}},
         pytest.param({"history": None, "attention_ratio": 0.0, "mlp_compensation": "mean"}, marks=pytest.mark.slow),
     ],
 )
 def test_other_configurations(changes, tmp_path):
-    """No history, dense decoding; `exported_half` is a static method with layers of different widths."""
+    """No history, dense decoding, other rankings of the probe.
+
+    `exported_half` is a static method with layers of different widths.
+    """
     config = pp_fx.ProbePruningConfig.from_dict({**EXPORTED.to_dict(), **changes})
     pp_fx.export.onnx(pruned(tiny_llama(), config), tmp_path / "out")
     found = check(tmp_path / "out")

@@ -8,7 +8,13 @@ from pp_fx.methods import METHODS
 
 
 @pytest.mark.parametrize(
-    "config", [ProbePruningConfig(), ProbePruningConfig.paper(0.4), ProbePruningConfig(history=None)]
+    "config",
+    [
+        ProbePruningConfig(),
+        ProbePruningConfig.paper(0.4),
+        ProbePruningConfig(history=None),
+        ProbePruningConfig(probe=ProbeConfig(ranking="even")),
+    ],
 )
 def test_json_round_trip(config):
     assert ProbePruningConfig.from_json(config.to_json()) == config
@@ -49,6 +55,14 @@ def test_bad_values_name_field_and_value(field, value):
 def test_bad_json_is_refused(data):
     with pytest.raises(ConfigError):
         ProbePruningConfig.from_json(data)
+
+
+@pytest.mark.parametrize(("field", "value"), [("ranking", "norm"), ("ranking", None), ("token_fraction", 0.0)])
+def test_bad_values_of_the_probe_name_field_and_value(field, value):
+    with pytest.raises(ConfigError) as caught:
+        ProbeConfig(**{field: value})
+    assert f"probe.{field}" in str(caught.value)
+    assert repr(value) in str(caught.value)
 
 
 def test_layer_ratio_is_the_mean_over_all_layers():

@@ -8,7 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LONGEST = 400
 RANKS = [
-    {"errors", "_version", "checks", "devices", "process_settings", "progress", "requirements", "text", "native_library"},  # the ground
+    {
+        "errors",
+        "_version",
+        "checks",
+        "devices",
+        "process_settings",
+        "progress",
+        "requirements",
+        "text",
+        "native_library",
+    },  # the ground
     {"kernels"},
     {"methods"},
     {"probe_config"},
