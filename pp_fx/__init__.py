@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from . import errors, requirements  # noqa: F401  (checked before the imports below use them)
 from ._version import __version__ as __version__
 from .calibration.calibrate import calibrate
-from .config import ProbeConfig, ProbePruningConfig
+from .config import ProbePruningConfig
 from .integrations import register
 from .integrations.hf_config import ProbePruningHfConfig
+from .probe_config import ProbeConfig
 from .rewrite.layer import is_transformed
 from .rewrite.transform import restore, transform
 from .runtime.modes import history_frozen

@@ -169,8 +169,8 @@ class ProbePruningConfig:
                 _number("decode_ratio", self.decode_ratio, 0, LARGEST_RATIO)
             if self.decode != "step":
                 raise ConfigError(
-                    f"decode_ratio={self.decode_ratio} has no meaning with decode={self.decode!r}, which has no ratio of "
-                    "its own; leave it None or choose decode='step'"
+                    f"decode_ratio={self.decode_ratio} has no meaning with decode={self.decode!r}, which has no ratio "
+                    "of its own; leave it None or choose decode='step'"
                 )
         check_integers(1, ConfigError, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:

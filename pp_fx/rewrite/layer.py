@@ -59,7 +59,8 @@ class ProbePrunedLayer:
             if state.prunes or state.steps:
                 group, settings = self.groups[kind], self.__dict__[LAYER].settings
                 for path in group.gathered_by_column:
-                    _lay_out(self.get_parameter(path), state.steps and path == group.output.path)  # type: ignore[attr-defined]
+                    parameter = self.get_parameter(path)  # type: ignore[attr-defined]
+                    _lay_out(parameter, state.steps and path == group.output.path)
                 state.refresh(output_weight(self, group), input_reach(self, group, settings))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -181,7 +182,7 @@ def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) ->
     with torch.inference_mode(False):
         total = torch.zeros(width, dtype=torch.float32, device=output_weight(layer, group).device)
         for part in group.inputs or group.read:
-            weight = layer.get_parameter(part.path)
+            weight: Tensor = layer.get_parameter(part.path)
             weight = weight.t() if part.transposed else weight
             if weight.shape[1] == width:
                 total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)

@@ -146,7 +146,8 @@ def gather_columns(
 ) -> Tensor:
     """Output projection of the kept units: z [B, T, kept columns], weight [H, C] -> [B, T, H].
 
-    A `step` [B, T, H] has made it already. The compensation's vector is added like a bias, its correction to the kept columns.
+    A `step` [B, T, H] has made it already. The compensation's vector is added like a bias, its correction to the kept
+    columns.
     """
     if step is not None:
         return step

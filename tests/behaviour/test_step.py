@@ -1,4 +1,4 @@
-"""decode="step": every token of a decode step chooses the MLP's channels by its own gate, against plain eager models."""
+"""decode="step": every token of a decode step chooses the MLP's channels by its own gate; against plain models."""
 
 import copy
 
@@ -194,7 +194,7 @@ def test_loaded_weights_are_read_from_the_next_step_on():
 
 
 def test_a_ratio_without_steps_is_refused():
-    with pytest.raises(ConfigError, match="decode_ratio=0.3 has no meaning with decode='sticky'"):
+    with pytest.raises(ConfigError, match=r"decode_ratio=0\.3 has no meaning with decode='sticky'"):
         pp_fx.ProbePruningConfig(decode_ratio=0.3)
     with pytest.raises(ConfigError, match="decode_ratio=2"):
         pp_fx.ProbePruningConfig(decode="step", decode_ratio=2)
