@@ -1,7 +1,7 @@
 """The MLP of a decode step over each token's strongest channels: `pp_fx::linear_rows` and `pp_fx::strongest`.
 
-On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), which read a channel's weights where
-they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are asked for,
+On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), on CUDA Triton's: they read a channel's
+weights where they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are asked for,
 torch's own products run whole and what is not chosen is masked: the same numbers for the time of the dense model.
 """
 
@@ -23,7 +23,7 @@ from ..native_library import NATIVE, NativeLibrary
 NATIVE_SOURCES = Path(__file__).parent / "native"
 LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
 MOST_TOKENS = 16
-"""Of a call for the native kernels: with more, nearly every channel is chosen by some token."""
+"""Of a call for the kernels: with more, nearly every channel is chosen by some token."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIGNATURES = {"pp_fx_linear": "i p s p p p s s s i", "pp_fx_strongest": "i p p p p s p p s p p s s s s s i"}
 _KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
@@ -55,13 +55,14 @@ def _build() -> Path:
 
 
 def serves(weight: Tensor, tokens: int) -> bool:
-    """Whether the native kernels run a call of so many tokens with weights like this one."""
+    """Whether kernels of our own run a call of so many tokens with weights like this one."""
+    device = weight.device.type
     return (
-        weight.device.type == "cpu"
+        device in ("cpu", "cuda")
         and weight.dtype in _TYPES
         and tokens <= MOST_TOKENS
         and not (torch.is_grad_enabled() and weight.requires_grad)
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(device)
     )
 
 
@@ -187,6 +188,13 @@ def _native_strongest(
     return y
 
 
+def _cuda_strongest(strength: Tensor, *others: Any) -> Tensor:
+    from .triton_strongest import strongest as kernel
+
+    made: Tensor = kernel(strength, *others)
+    return made
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -197,5 +205,6 @@ for _name, _plain, _cpu in (
 ):
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")
+_library.impl("strongest", _cuda_strongest, "CUDA")
 _library.impl("linear_rows", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
 _library.impl("strongest", lambda s, f, x, u, ub, down, db, count: x.new_empty(x.shape[0], down.shape[1]), "Meta")

@@ -121,7 +121,8 @@ def bench(
         too), `static_ratio` (the same kept channels cut out of the weights once: what no pruning that decides while it
         runs can beat) and `masked_ratio` (whole weights, the dropped channels set to zero), both None where heads are
         pruned, each token chooses for itself, or weights are fused or with biases, `shares` (prefill: see
-        `measure.time_shares`), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that gathers the compact weights), `compact_mb`,
+        `measure.time_shares`), `wall` and `with_head` with the same figures, `first_step_ms` (decode: the step that
+        gathers the compact weights), `compact_mb`,
         `peak_memory_mb` of the process.
 
     Raises:

@@ -37,7 +37,7 @@ RANKS = [
 """Lower rooms first; rooms side by side do not know each other."""
 BACKWARD = {("integrations.optimum.register_pp_fx", "cli")}
 """optimum's command runs ours."""
-OPTIONAL = {"triton_drop", "triton_gather", "triton_top", "report_figures"}
+OPTIONAL = {"triton_drop", "triton_gather", "triton_strongest", "triton_top", "report_figures"}
 """Modules that need a package which may be missing: these alone are imported inside functions."""
 
 

@@ -1,8 +1,11 @@
 """The MLP over each token's strongest channels: the native kernels and torch's products against loops in float64."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +173,37 @@ def test_without_a_compiler_torch_computes_the_same_and_says_so(tmp_path):
     environment = {"PP_FX_CACHE": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@settings(max_examples=12, deadline=None)
+@given(calls())
+def test_the_triton_kernels_on_a_gpu(call):
+    found = strongest.strongest(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in call))
+    dtype = call[1].dtype
+    torch.testing.assert_close(found.cpu().double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_triton_kernels_in_the_interpreter():
+    """In a process of its own: Triton decides at import whether it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.unit.kernels.test_strongest"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(calls())
+def _interpreted(call):
+    from pp_fx.kernels import triton_strongest
+
+    triton_strongest._SLICE, triton_strongest._FEATURES, triton_strongest._NUMBERS = 64, 32, 512  # several of each
+    dtype = call[1].dtype
+    found = triton_strongest.strongest(*call)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+if __name__ == "__main__":
+    _interpreted()
