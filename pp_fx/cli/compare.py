@@ -81,18 +81,19 @@ def compare_command(
     problems = [] if task is None else problems_of(problem_count, batch, new_tokens)
     loaded, tokenizer = load_dense(model, dtype)
     progress = json_file != "-"
+    shown: Any = of_text if task is None else of_task
     if evaluated is not None:
         ids = sequences(evaluated, tokenizer, sequence_count, length)
         sample = calibration_of(sampled, tokenizer, loaded)
         result = of_text.compare(loaded, ids, sample, **common, time_batch=time_batch, progress=progress)
         result["versions"] = versions()
-        title, shown = f"{model}, {ids.shape[0]} x {length} tokens", of_text
+        title = f"{model}, {ids.shape[0]} x {length} tokens"
     else:
         sample = calibration_of(sampled, tokenizer, loaded)
         result = of_task.compare_task(
             loaded, tokenizer, problems, sample, **common, decodes=ways, new_tokens=new_tokens, progress=progress
         )
-        title, shown = f"{model}, {task}", of_task
+        title = f"{model}, {task}"
     result = {"model": model, **result}
     write_json(result, json_file)
     if plot_file is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.ranks import processes
+from ..config import ProbePruningConfig
 from ..measure.macs import Macs
 from ..measure.run_eval import run_eval
 from ..measure.run_task import run_task
@@ -71,7 +71,7 @@ def eval_command(
     console = console_for(json_file)
     settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
     if decode is not None:
-        settings = dataclasses.replace(settings, decode=decode)
+        settings = ProbePruningConfig.from_dict({**settings.to_dict(), "decode": decode})
     dtype_of(dtype)
     check_calibrated(settings, calibration)
     texts = {} if text is None else {"text": read(text)}

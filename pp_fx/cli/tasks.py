@@ -86,6 +86,6 @@ def show_task(result: dict[str, Any], json_file: str | None, console: Console) -
         table.add_row(side, str(result[side]["solved"]), f"{result[side]['seconds']:.1f}")
     low, high = result["interval"]
     difference = result["pruned"]["solved"] - result["dense"]["solved"]
-    table.caption = f"pruned - dense: {difference:+d} (95%: {low:+.1f} to {high:+.1f})"
     if json_file != "-":
         console.print(table)
+        console.print(f"pruned - dense: {difference:+d} (95%: {low:+.1f} to {high:+.1f})", highlight=False)

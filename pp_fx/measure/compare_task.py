@@ -69,7 +69,7 @@ def compare_task(
         raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
     check_integers(1, batch=batch, new_tokens=new_tokens)
     asked = rows_asked(methods, ratios, decodes, attention_ratio, changes or {})
-    given = {"batch": batch, "new_tokens": new_tokens}
+    given: dict[str, Any] = {"batch": batch, "new_tokens": new_tokens}
     dense = solve(model, tokenizer, problems, **given, progress="dense" if progress else None)
     rows, planned = [], {}
     for name, ratio, config in track(asked, "compare", progress):

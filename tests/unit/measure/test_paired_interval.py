@@ -15,6 +15,12 @@ def test_by_hand():
     assert paired_interval(before, after) == pytest.approx((-24.9037, -8.0660), abs=1e-3)
 
 
+def test_another_implementation():
+    """The example of `diffpropci.mp` in the R package PropCIs 0.3, with its output."""
+    before, after = [True] * 40 + [False] * 20 + [True] * 100, [False] * 40 + [True] * 120
+    assert paired_interval(before, after) == pytest.approx((160 * -0.21601726, 160 * -0.03089632), abs=1e-5)
+
+
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80)
 
 
