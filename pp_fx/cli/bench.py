@@ -19,6 +19,8 @@ from .options import (
     AttentionRatio,
     Compile,
     Config,
+    Decode,
+    DecodeRatio,
     Dtype,
     Json,
     MlpRatio,
@@ -45,6 +47,8 @@ def bench_command(
     skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
+    decode: Decode = None,
+    decode_ratio: DecodeRatio = None,
     compile_model: Compile = False,
     freezing: Annotated[
         bool, typer.Option(help="With --compile: Inductor's freezing (packed weights) for both.")
@@ -58,7 +62,7 @@ def bench_command(
 ) -> None:
     """Time of MODEL, pruned against dense, interleaved in one process: decoder blocks, and with the LM head."""
     console = console_for(json_file)
-    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
+    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers, decode, decode_ratio)
     if guard:
         settings = dataclasses.replace(settings, guard=True)
     check_choice("attention", attention, ("sdpa", "eager"))

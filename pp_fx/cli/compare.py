@@ -16,6 +16,7 @@ from .app import app
 from .options import (
     CALIBRATION,
     Batch,
+    DecodeRatio,
     Dtype,
     Json,
     Length,
@@ -39,7 +40,8 @@ def compare_command(
     task: Task = None,
     methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; all.")] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated shares of MLP channels dropped.")] = "0.2,0.4",
-    decodes: Annotated[str, typer.Option(help="Of --task: comma-separated, of sticky, dense, probe.")] = "sticky",
+    decodes: Annotated[str, typer.Option(help="Of --task: comma-separated, of sticky, step, dense, probe.")] = "sticky",
+    decode_ratio: DecodeRatio = None,
     attention_ratio: Annotated[float, typer.Option(help="Share of query heads dropped, in all rows.")] = 0.0,
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,
     length: Length = 512,
@@ -60,7 +62,11 @@ def compare_command(
     With --task: problems solved with paired intervals, and time, of every way of decoding.
     """
     check_text_or_task(
-        context, text, task, ("sequence_count", "length", "time_batch"), ("problem_count", "new_tokens", "decodes")
+        context,
+        text,
+        task,
+        ("sequence_count", "length", "time_batch"),
+        ("problem_count", "new_tokens", "decodes", "decode_ratio"),
     )
     console = console_for(json_file)
     names, shares = names_of(methods), numbers_of(ratios)
@@ -77,7 +83,9 @@ def compare_command(
     }
     ways = tuple(way.strip() for way in decodes.split(","))
     if task is not None:
-        of_task.rows_asked(names, shares, ways, attention_ratio, common["changes"])  # before the weights are read
+        of_task.rows_asked(
+            names, shares, ways, decode_ratio, attention_ratio, common["changes"]
+        )  # before the weights are read
     problems = [] if task is None else problems_of(problem_count, batch, new_tokens)
     loaded, tokenizer = load_dense(model, dtype)
     progress = json_file != "-"
@@ -91,8 +99,9 @@ def compare_command(
     else:
         sample = calibration_of(sampled, tokenizer, loaded)
         result = of_task.compare_task(
-            loaded, tokenizer, problems, sample, **common, decodes=ways, new_tokens=new_tokens, progress=progress
-        )
+            loaded, tokenizer, problems, sample, **common, decodes=ways, decode_ratio=decode_ratio,
+            new_tokens=new_tokens, progress=progress,
+        )  # fmt: skip
         title = f"{model}, {task}"
     result = {"model": model, **result}
     write_json(result, json_file)

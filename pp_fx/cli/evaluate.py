@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.ranks import processes
-from ..config import ProbePruningConfig
 from ..measure.macs import Macs
 from ..measure.run_eval import run_eval
 from ..measure.run_task import run_task
@@ -21,6 +20,8 @@ from .options import (
     Batch,
     Compile,
     Config,
+    Decode,
+    DecodeRatio,
     Dtype,
     Json,
     Length,
@@ -57,7 +58,8 @@ def eval_command(
     skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
-    decode: Annotated[str | None, typer.Option(help="Of --task: sticky, dense or probe; left out: config's.")] = None,
+    decode: Decode = None,
+    decode_ratio: DecodeRatio = None,
     compile_model: Compile = False,
     json_file: Json = None,
 ) -> None:
@@ -66,12 +68,14 @@ def eval_command(
     Under torchrun the processes share the batches of a text.
     """
     check_text_or_task(
-        context, text, task, ("sequence_count", "length", "compile_model"), ("problem_count", "new_tokens", "decode")
+        context,
+        text,
+        task,
+        ("sequence_count", "length", "compile_model"),
+        ("problem_count", "new_tokens", "decode", "decode_ratio"),
     )
     console = console_for(json_file)
-    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
-    if decode is not None:
-        settings = ProbePruningConfig.from_dict({**settings.to_dict(), "decode": decode})
+    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers, decode, decode_ratio)
     dtype_of(dtype)
     check_calibrated(settings, calibration)
     texts = {} if text is None else {"text": read(text)}

@@ -23,6 +23,8 @@ from .options import (
     CALIBRATION,
     AttentionRatio,
     Config,
+    Decode,
+    DecodeRatio,
     Json,
     MlpRatio,
     Preset,
@@ -48,6 +50,8 @@ def export_command(
     skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
+    decode: Decode = None,
+    decode_ratio: DecodeRatio = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     opset: Annotated[int, typer.Option(help="ONNX opset, 23 or 24.")] = 23,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
@@ -56,7 +60,7 @@ def export_command(
     """Write MODEL, pruned, as an ONNX folder for onnxruntime, and compare it with torch."""
     export.check_target(directory, overwrite)
     console = console_for(json_file)
-    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers)
+    settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers, decode, decode_ratio)
     check_choice("dtype", dtype, ("float32", "float16"))
     sample = None if calibration == "none" else read(calibration, "calibration")
     if saved_settings(load_config(model)) is None:

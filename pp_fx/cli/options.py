@@ -34,12 +34,22 @@ SkipLayers = Annotated[int | None, typer.Option(help="The first so many layers s
 PRESETS = [name for name, method in METHODS.items() if method.planner is None]
 """Methods whose ratios are as they were asked for; one with a planner spreads them (`pp-fx compare`)."""
 Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; paper: the authors' settings, attention heads too.")]
+Decode = Annotated[str | None, typer.Option(help="While decoding: sticky, step, dense or probe; else the config's.")]
+DecodeRatio = Annotated[
+    float | None, typer.Option(help="Of --decode step: share of MLP channels each token leaves out; else --mlp-ratio.")
+]
 Config = Annotated[str | None, typer.Option(help="ProbePruningConfig as a JSON file.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True).")]
 
 
 def read_settings(
-    preset: str, config: str | None, mlp: float | None, attention: float | None, skip: int | None
+    preset: str,
+    config: str | None,
+    mlp: float | None,
+    attention: float | None,
+    skip: int | None,
+    decode: str | None = None,
+    decode_ratio: float | None = None,
 ) -> ProbePruningConfig:
     """The configuration that a command's options describe.
 
@@ -48,7 +58,8 @@ def read_settings(
         ConfigError: a value is out of range.
     """
     check_choice("preset", preset, PRESETS)
-    asked = {"mlp_ratio": mlp, "attention_ratio": attention, "skip_layers": skip}
+    asked: dict[str, Any] = {"mlp_ratio": mlp, "attention_ratio": attention, "skip_layers": skip}
+    asked |= {"decode": decode, "decode_ratio": decode_ratio}
     given: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
     if config is not None:
         if preset != "default":

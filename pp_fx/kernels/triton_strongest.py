@@ -66,10 +66,10 @@ def _state(strength, least, factor, x, up, bias, z, tokens, channels, depth, str
 
 @triton.jit
 def _output(z, down, partial, tokens, channels, width, stride,
-            SLICE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, O: tl.constexpr):  # fmt: skip
+            SLICE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """partial[slice, t, o] = sum over the slice's channels of z[t, c] * down[c, o]."""
-    t, o = tl.arange(0, T), tl.program_id(0) * O + tl.arange(0, O)
-    total = tl.zeros((T, O), dtype=tl.float32)
+    t, o = tl.arange(0, T), tl.program_id(0) * W + tl.arange(0, W)
+    total = tl.zeros((T, W), dtype=tl.float32)
     first = tl.program_id(1) * SLICE
     for start in range(first, first + SLICE, C):
         c = start + tl.arange(0, C)
@@ -109,7 +109,7 @@ def strongest(
     width, slices = down.shape[1], triton.cdiv(channels, _SLICE)
     partial = strength.new_empty(slices, tokens, width)
     _output[(triton.cdiv(width, _FEATURES), slices)](
-        z, down, partial, tokens, channels, width, down.stride(0), SLICE=_SLICE, T=rows, C=together, O=_FEATURES
+        z, down, partial, tokens, channels, width, down.stride(0), SLICE=_SLICE, T=rows, C=together, W=_FEATURES
     )
     out = partial.sum(0)
     return (out if down_bias is None else out + down_bias).to(factor.dtype)

@@ -34,6 +34,7 @@ def compare_task(
     methods: tuple[str, ...] = tuple(METHODS),
     ratios: tuple[float, ...] = (0.2, 0.4),
     decodes: tuple[str, ...] = ("sticky",),
+    decode_ratio: float | None = None,
     attention_ratio: float = 0.0,
     batch: int = 20,
     new_tokens: int = 256,
@@ -50,6 +51,7 @@ def compare_task(
         methods: names of `pp_fx.methods.METHODS`.
         ratios: share of MLP channels dropped.
         decodes: values of ProbePruningConfig.decode.
+        decode_ratio: of the rows that decode by "step"; None: each row's own ratio.
         attention_ratio: share of query heads dropped, in all rows.
         batch: problems per call of `generate`; one selection is made per batch.
         new_tokens: generated for a problem, at most.
@@ -68,14 +70,16 @@ def compare_task(
     if is_transformed(model):
         raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
     check_integers(1, batch=batch, new_tokens=new_tokens)
-    asked = rows_asked(methods, ratios, decodes, attention_ratio, changes or {})
+    asked = rows_asked(methods, ratios, decodes, decode_ratio, attention_ratio, changes or {})
     given: dict[str, Any] = {"batch": batch, "new_tokens": new_tokens}
     dense = solve(model, tokenizer, problems, **given, progress="dense" if progress else None)
     rows, planned = [], {}
     for name, ratio, config in track(asked, "compare", progress):
         if (name, ratio) not in planned:  # whichever way of decoding comes first
             planned[name, ratio] = plan_ratios(name, model, config, calibration)
-        transform(model, dataclasses.replace(planned[name, ratio], decode=config.decode))
+        transform(
+            model, dataclasses.replace(planned[name, ratio], decode=config.decode, decode_ratio=config.decode_ratio)
+        )
         try:
             calibrate(model, calibration, progress=False)
             with history_frozen(model):
@@ -103,6 +107,7 @@ def rows_asked(
     methods: tuple[str, ...],
     ratios: tuple[float, ...],
     decodes: tuple[str, ...],
+    decode_ratio: float | None,
     attention_ratio: float,
     changes: dict[str, Any],
 ) -> list[tuple[str, float, ProbePruningConfig]]:
@@ -123,7 +128,9 @@ def rows_asked(
             config = METHODS[name].config(ratio, attention_ratio, **changes)
             for decode in decodes:
                 try:
-                    rows.append((name, ratio, dataclasses.replace(config, decode=decode)))
+                    own = decode_ratio if decode == "step" else None
+                    decoding: Any = {"decode": decode, "decode_ratio": own}
+                    rows.append((name, ratio, dataclasses.replace(config, **decoding)))
                 except ConfigError as error:
                     raise InputError(
                         f"decodes={decode!r} does not go with methods={name!r} ({error}); leave one of them out"
