@@ -140,7 +140,7 @@ def problems():
     ]
 
 
-def writer(**following):
+def writer():
     """A model that writes `return 1` after f, `return 2` after g; what stands between is in one word."""
     words_of = {0: 4, 1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 4, 7: 7}  # f -> return -> 1 -> print( ; g -> 2
     return scripted([words_of[i] for i in range(len(WORDS) + 1)])
