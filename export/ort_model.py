@@ -138,7 +138,9 @@ class OrtModel(GenerationMixin):
         generation = GenerationConfig.from_pretrained(directory)
         settings = read_settings(directory)
         decode = settings["config"]["decode"]
-        return cls(session, config, generation, settings["min_select_tokens"], decode != "dense", decode == "step")
+        return cls(
+            session, config, generation, settings["min_select_tokens"], decode != "dense", decode in ("step", "auto")
+        )
 
     def can_generate(self) -> bool:
         return True

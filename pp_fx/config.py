@@ -20,7 +20,7 @@ VERSION = 1
 LARGEST_RATIO = 0.95
 """Largest share of a layer that may be dropped."""
 HistoryKind = Literal["channel", "position"]
-DecodeMode = Literal["sticky", "dense", "probe", "step"]
+DecodeMode = Literal["sticky", "dense", "probe", "step", "auto"]
 Kind = Literal["mlp", "attention"]
 """Of a group: the channels of an MLP, or the query heads of an attention."""
 
@@ -86,8 +86,10 @@ class ProbePruningConfig:
             (a probe would cost more than its share), else by its probe.
         decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels), "probe"
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
-            attention heads stay) or "step" (every token of a decode step chooses the MLP's channels for itself, by its
-            own gate; attention heads run whole).
+            attention heads stay), "step" (every token of a decode step chooses the MLP's channels for itself, by its
+            own gate; attention heads run whole) or "auto" ("step" for calls of at most `step_tokens` tokens, whose
+            choices have enough in common to save time, else "dense").
+        step_tokens: of decode="auto", all samples together. None: what suits the model's device (`pp_fx.devices`): 4.
         decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, in [0, 0.95]: in every
             layer, `skip_layers` or not, or a tuple with the ratio of every layer. None: the same as `mlp_ratio`.
         reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
@@ -131,6 +133,7 @@ class ProbePruningConfig:
     min_select_tokens: int = 32
     decode: DecodeMode = "sticky"
     decode_ratio: float | tuple[float, ...] | None = None
+    step_tokens: int | None = None
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
@@ -142,7 +145,7 @@ class ProbePruningConfig:
         _ratio("mlp_ratio", self.mlp_ratio)
         _ratio("attention_ratio", self.attention_ratio)
         check_integers(0, ConfigError, skip_layers=self.skip_layers)
-        for name in ("round_to", "ratio_digits", "compensation_min_tokens"):
+        for name in ("round_to", "ratio_digits", "compensation_min_tokens", "step_tokens"):
             if getattr(self, name) is not None:
                 check_integers(1, ConfigError, **{name: getattr(self, name)})
         if not isinstance(self.probe, ProbeConfig | None):
@@ -167,10 +170,10 @@ class ProbePruningConfig:
             _ratio("decode_ratio", self.decode_ratio)
             if not isinstance(self.decode_ratio, tuple):
                 _number("decode_ratio", self.decode_ratio, 0, LARGEST_RATIO)
-            if self.decode != "step":
+            if not self.steps:
                 raise ConfigError(
                     f"decode_ratio={self.decode_ratio} has no meaning with decode={self.decode!r}, which has no ratio "
-                    "of its own; leave it None or choose decode='step'"
+                    "of its own; leave it None or choose decode='step' or 'auto'"
                 )
         check_integers(1, ConfigError, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:
@@ -288,8 +291,8 @@ class ProbePruningConfig:
 
     @property
     def steps(self) -> bool:
-        """Whether every token of a decode step chooses for itself."""
-        return self.decode == "step"
+        """Whether tokens of decode steps choose for themselves."""
+        return self.decode in ("step", "auto")
 
     @property
     def reprobes(self) -> bool:

@@ -5,6 +5,8 @@
 - `compensation_min_tokens`: from so many tokens on "least_squares" takes less than about 2% of a block's time. Its
   solve does not shrink with the batch, and the faster the device multiplies, the more tokens that takes
   (docs/research/speed.md for a CPU, docs/research/gpu.md).
+- `step_tokens`: up to so many tokens of a decode step leave out so many of the same channels that reading what they
+  choose is faster than reading everything (docs/research/step.md).
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ class Defaults(NamedTuple):
 
     round_to: int
     compensation_min_tokens: int
+    step_tokens: int
 
 
-CPU = Defaults(round_to=16, compensation_min_tokens=2048)
-CUDA = Defaults(round_to=64, compensation_min_tokens=49152)
+CPU = Defaults(round_to=16, compensation_min_tokens=2048, step_tokens=4)
+CUDA = Defaults(round_to=64, compensation_min_tokens=49152, step_tokens=4)
 
 
 def defaults(kind: str) -> Defaults:

@@ -34,7 +34,9 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
             most that can be read.
     """
     dense, pruned = 0, 0.0
-    sticky = settings_of(model).decode not in ("dense", "step")
+    settings = settings_of(model)
+    sticky = settings.decode != "dense" and not settings.steps
+    few = settings.decode == "step" or batch <= (settings.step_tokens or 0)
     for layer in layers_of(model):
         sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
         dense += sum(sizes.values())
@@ -42,7 +44,9 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
         for kind, kept in running_units(layer, tokens).items() if sticky else ():
             group = layer.groups[kind]
             pruned -= sum(sizes[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
-        pruned -= sum(_left_out(layer.groups[kind], s, sizes, batch) for kind, s in layer.states().items() if s.steps)
+        pruned -= sum(
+            _left_out(layer.groups[kind], s, sizes, batch) for kind, s in layer.states().items() if s.steps and few
+        )
     return dense, pruned
 
 

@@ -51,7 +51,7 @@ def compare_task(
         methods: names of `pp_fx.methods.METHODS`.
         ratios: share of MLP channels dropped.
         decodes: values of ProbePruningConfig.decode.
-        decode_ratio: of the rows that decode by "step"; None: each row's own ratio.
+        decode_ratio: of the rows that decode by "step" or "auto"; None: each row's own ratio.
         attention_ratio: share of query heads dropped, in all rows.
         batch: problems per call of `generate`; one selection is made per batch.
         new_tokens: generated for a problem, at most.
@@ -128,7 +128,7 @@ def rows_asked(
             config = METHODS[name].config(ratio, attention_ratio, **changes)
             for decode in decodes:
                 try:
-                    own = decode_ratio if decode == "step" else None
+                    own = decode_ratio if decode in ("step", "auto") else None
                     decoding: Any = {"decode": decode, "decode_ratio": own}
                     rows.append((name, ratio, dataclasses.replace(config, **decoding)))
                 except ConfigError as error:

@@ -84,7 +84,7 @@ class GroupState(nn.Module):
         self.probe, self.factor = probe, factor
         self.calibrated = False
         self.reprobes = settings.reprobes and reprobes and self.prunes
-        self.holds_compact = settings.decode not in ("dense", "step")
+        self.holds_compact = settings.decode != "dense" and not settings.steps
         self.mode: Literal["run", "frozen", "calibrate"] = "frozen" if settings.freeze_history else "run"
         self.score, self.compensation = settings.of_kind(kind)
         self.collector: Collector | None = None

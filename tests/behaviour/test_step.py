@@ -113,6 +113,14 @@ def test_a_short_prompt_chooses_too():
     torch.testing.assert_close(run(model, [1, 2], prompt=7), run(expected, [1, 2], prompt=7), atol=2e-4, rtol=1e-4)
 
 
+def test_auto_steps_for_few_tokens_and_is_dense_for_many():
+    by_step, dense = pp_fx.transform(tiny_llama(), config()), tiny_llama()
+    model = pp_fx.transform(tiny_llama(), config(decode="auto", step_tokens=2))
+    torch.testing.assert_close(run(model, [1, 1]), run(by_step, [1, 1]))
+    torch.testing.assert_close(run(model, [2, 3]), run(dense, [2, 3]), atol=1e-5, rtol=1e-5)
+    assert pp_fx.ProbePruningConfig(decode="auto").on("cpu").step_tokens == 4
+
+
 def test_more_tokens_than_the_kernels_take_give_the_same(monkeypatch):
     model = pp_fx.transform(tiny_llama(), config())
     found = run(model, [3, 1])
