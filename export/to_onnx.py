@@ -136,6 +136,8 @@ def _check(model: Any, opset: int) -> list[Port]:
     ports = ports_of(model)
     if not ports and not any(state.steps for state in states_of(model)):
         raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")
+    if settings_of(model).step_probe is not None:
+        raise ExportError("step_probe has no ONNX form; transform with step_probe=None: then the gate itself ranks")
     if settings_of(model).reprobes:
         raise ExportError(
             "decode='probe' and drift_threshold have no ONNX form; transform with decode='step', 'sticky' or 'dense'"

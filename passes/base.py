@@ -12,6 +12,7 @@ from torch import fx
 
 from ..errors import PassError
 from ..groups.group import Group, Groups
+from ..groups.projections import Projection
 from ..runtime import compensate, gather, history, model_calls, probe, select
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class GroupNodes:
     """Nodes that passes inserted for one group, by role: `state`, `rows`, `probe_state`, `kept`, ...
 
     `reprobes`: whether the group can be probed again while decoding (its probe reads nothing but the residual).
-    `factor_graph`: of a gated MLP that decodes by step (`groups.gate`).
+    `factor_graph`, `gate`: of a gated MLP that decodes by step (`groups.gate`): its factor, and what that reads.
     `gram`: of attention, the Gram matrix of the probe.
     `whole_keys`: the probe reads the batch's keys and values, so that it runs behind their projections.
     """
@@ -31,6 +32,7 @@ class GroupNodes:
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     probe_graph: fx.Graph | None = None
     factor_graph: fx.Graph | None = None
+    gate: Projection | None = None
     reprobes: bool = False
     whole_keys: bool = False
     gram: fx.Node | None = None

@@ -32,6 +32,7 @@ class InsertStep(Pass):
 
     def _gated(self, block: BlockGraph, inserted: GroupNodes, group: MlpGroup, gate: Gate) -> None:
         inserted.factor_graph = factor_graph(block.graph, group, gate)
+        inserted.gate = group.inputs[gate.gate]
         parts = [self._part(group.inputs[i]) for i in (gate.gate, gate.up)]
         first = next(n for n in block.graph.nodes if n in group.entries)
         with block.graph.inserting_before(first):

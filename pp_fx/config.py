@@ -21,6 +21,7 @@ LARGEST_RATIO = 0.95
 """Largest share of a layer that may be dropped."""
 HistoryKind = Literal["channel", "position"]
 DecodeMode = Literal["sticky", "dense", "probe", "step", "auto"]
+StepProbe = Literal["int8", "int4"]
 Kind = Literal["mlp", "attention"]
 """Of a group: the channels of an MLP, or the query heads of an attention."""
 
@@ -90,6 +91,9 @@ class ProbePruningConfig:
             own gate; attention heads run whole) or "auto" ("step" for calls of at most `step_tokens` tokens, whose
             choices have enough in common to save time, else "dense").
         step_tokens: of decode="auto", all samples together. None: what suits the model's device (`pp_fx.devices`): 4.
+        step_probe: a copy of the gate projection in 8 or 4 bits that ranks the channels of decode="step" in its place
+            ("int8", "int4"; then the gate reads the chosen channels alone), or None: the gate ranks, whole. For a CPU;
+            an MLP without a gate ranks by all of its inputs in any case.
         decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, in [0, 0.95]: in every
             layer, `skip_layers` or not, or a tuple with the ratio of every layer. None: the same as `mlp_ratio`.
         reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
@@ -134,6 +138,7 @@ class ProbePruningConfig:
     decode: DecodeMode = "sticky"
     decode_ratio: float | tuple[float, ...] | None = None
     step_tokens: int | None = None
+    step_probe: StepProbe | None = None
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
@@ -166,6 +171,12 @@ class ProbePruningConfig:
         _number("compensation_ridge", self.compensation_ridge, 1e-6, math.inf)
         check_integers(1, ConfigError, min_select_tokens=self.min_select_tokens)
         _choice("decode", self.decode, get_args(DecodeMode))
+        _choice("step_probe", self.step_probe, (*get_args(StepProbe), None))
+        if self.step_probe is not None and not self.steps:
+            raise ConfigError(
+                f"step_probe={self.step_probe!r} has no meaning with decode={self.decode!r}; leave it None or choose "
+                "decode='step' or 'auto'"
+            )
         if self.decode_ratio is not None:
             _ratio("decode_ratio", self.decode_ratio)
             if not isinstance(self.decode_ratio, tuple):

@@ -2,8 +2,8 @@
 
 from .drop_jointly import drop_jointly
 from .gather_linear import gather_linear, gather_output, kept_rows, large
+from .native_kernels import NATIVE_SOURCES
 from .solve import solve
-from .strongest import NATIVE_SOURCES
 from .top import top
 
 __all__ = ["NATIVE_SOURCES", "drop_jointly", "gather_linear", "gather_output", "kept_rows", "large", "solve", "top"]

@@ -8,51 +8,16 @@ model.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BuildError
-from ..native_library import NATIVE, NativeLibrary
+from .native_kernels import TYPES, native, pointer
 
-NATIVE_SOURCES = Path(__file__).parent / "native"
-LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
 MOST_TOKENS = 16
 """Of a call for the kernels: with more, nearly every channel is chosen by some token."""
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SIGNATURES = {"pp_fx_linear": "i p s p p p s s s i", "pp_fx_strongest": "i p p p p s p p s p p s s s s s i"}
-_KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
-
-
-@functools.cache
-def native() -> Any:
-    """The native kernels, compiled if need be; None, with one warning, where that cannot be done."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY.find() or _build()))
-    except (BuildError, OSError) as error:
-        warnings.warn(
-            f"decode='step' takes the dense model's time, because its kernels are missing ({error}); install a C++ "
-            "compiler, or choose decode='dense'",
-            stacklevel=2,
-        )
-        return None
-    for name, signature in _SIGNATURES.items():
-        getattr(library, name).argtypes = [_KINDS[kind] for kind in signature.split()]
-    return library
-
-
-def _build() -> Path:
-    """With threads where the compiler has OpenMP."""
-    try:
-        return LIBRARY.build(flags=(*NATIVE, "-fopenmp"))
-    except BuildError:
-        return LIBRARY.build()
 
 
 def serves(weight: Tensor, tokens: int) -> bool:
@@ -60,7 +25,7 @@ def serves(weight: Tensor, tokens: int) -> bool:
     device = weight.device.type
     return (
         device in ("cpu", "cuda")
-        and weight.dtype in _TYPES
+        and weight.dtype in TYPES
         and tokens <= MOST_TOKENS
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and not torch.is_autocast_enabled(device)
@@ -101,6 +66,21 @@ def strongest(
     return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count)
 
 
+def chosen_rows(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    """A linear layer's results for each token's chosen channels, 0 for the others.
+
+    Args:
+        strength: fp32 [N, C], at least 0.
+        x: [N, H].
+        weight, bias: [C, H] whose rows are contiguous, and [C] or None.
+        count: in [1, C].
+
+    Returns:
+        [N, C].
+    """
+    return torch.ops.pp_fx.chosen_rows(strength, x, weight, bias, count)
+
+
 def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
     """z [N, C] with 0 for what is not among a token's strongest channels."""
     least = strength.topk(count, -1).values[:, -1:]
@@ -109,6 +89,7 @@ def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
 
 _library = torch.library.Library("pp_fx", "FRAGMENT")
 _library.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("chosen_rows(Tensor strength, Tensor x, Tensor weight, Tensor? bias, int count) -> Tensor")
 _library.define(
     "strongest(Tensor strength, Tensor factor, Tensor x, Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
     "int count) -> Tensor"
@@ -133,6 +114,32 @@ def _plain_strongest(
     return F.linear(masked(strength, z, count), down.t(), down_bias)
 
 
+def _plain_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    return masked(strength, F.linear(x, weight, bias), count)
+
+
+def _native_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    library = native()
+    if library is None or weight.stride(1) != 1:
+        return _plain_chosen(strength, x, weight, bias, count)
+    strength, x = strength.float().contiguous(), x.contiguous()
+    y = x.new_empty(strength.shape)
+    library.pp_fx_chosen_linear(
+        TYPES[x.dtype],
+        strength.data_ptr(),
+        weight.data_ptr(),
+        weight.stride(0),
+        pointer(bias),
+        x.data_ptr(),
+        y.data_ptr(),
+        *y.shape,
+        x.shape[1],
+        count,
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     library = native()
     if library is None or weight.stride(1) != 1:
@@ -140,10 +147,10 @@ def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
     library.pp_fx_linear(
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         weight.data_ptr(),
         weight.stride(0),
-        _pointer(bias),
+        pointer(bias),
         x.data_ptr(),
         y.data_ptr(),
         *y.shape,
@@ -169,16 +176,16 @@ def _native_strongest(
     strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
     y = x.new_empty(x.shape[0], down.shape[1])
     library.pp_fx_strongest(
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         strength.data_ptr(),
         factor.data_ptr(),
         x.data_ptr(),
-        _pointer(up),
+        pointer(up),
         0 if up is None else up.stride(0),
-        _pointer(up_bias),
+        pointer(up_bias),
         down.data_ptr(),
         down.stride(0),
-        _pointer(down_bias),
+        pointer(down_bias),
         y.data_ptr(),
         *strength.shape,
         x.shape[1],
@@ -196,16 +203,14 @@ def _cuda_strongest(strength: Tensor, *others: Any) -> Tensor:
     return made
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 for _name, _plain, _cpu in (
     ("linear_rows", _plain_linear, _native_linear),
+    ("chosen_rows", _plain_chosen, _native_chosen),
     ("strongest", _plain_strongest, _native_strongest),
 ):
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")
 _library.impl("strongest", _cuda_strongest, "CUDA")
+_library.impl("chosen_rows", lambda strength, x, weight, bias, count: x.new_empty(strength.shape), "Meta")
 _library.impl("linear_rows", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
 _library.impl("strongest", lambda s, f, x, u, ub, down, db, count: x.new_empty(x.shape[0], down.shape[1]), "Meta")

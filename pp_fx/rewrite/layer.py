@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 from ..config import Kind, ProbePruningConfig
 from ..errors import StateError
 from ..groups.group import Group
+from ..groups.projections import Projection
+from ..kernels.coded import Coded, encode
 from ..methods.score import column_sum
 from ..runtime.names import LAYER, state_name
 from ..runtime.plan import LayerInfo
@@ -45,6 +47,8 @@ class ProbePrunedLayer:
     graph: fx.Graph
     original_class: type[nn.Module]
     groups: dict[Kind, Group]
+    gates: dict[Kind, Projection]
+    """Of gated MLPs that decode by step."""
     reasons: list[str]
     """Why a branch of the layer is left dense."""
 
@@ -61,7 +65,8 @@ class ProbePrunedLayer:
                 for path in group.gathered_by_column:
                     parameter = self.get_parameter(path)  # type: ignore[attr-defined]
                     _lay_out(parameter, state.steps and path == group.output.path)
-                state.refresh(output_weight(self, group), input_reach(self, group, settings))  # type: ignore[arg-type]
+                coded = coded_gate(self, kind, settings) if state.steps else None  # type: ignore[arg-type]
+                state.refresh(output_weight(self, group), input_reach(self, group, settings), coded)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError(
@@ -82,12 +87,19 @@ class ProbePrunedLayer:
         return self
 
 
-def block_class(layer_class: type[nn.Module], graph: fx.Graph, groups: dict[Kind, Group], reasons: list[str]) -> type:
+def block_class(
+    layer_class: type[nn.Module],
+    graph: fx.Graph,
+    groups: dict[Kind, Group],
+    reasons: list[str],
+    gates: dict[Kind, Projection],
+) -> type:
     """The class for the layers of one structure."""
     body = {
         "graph": graph,
         "original_class": layer_class,
         "groups": groups,
+        "gates": gates,
         "reasons": reasons,
         "forward": compile_graph(graph, layer_class.__name__),
         "__doc__": f"{layer_class.__name__} rewritten by pp_fx.",
@@ -187,6 +199,16 @@ def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) ->
             if weight.shape[1] == width:
                 total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)
         return total if total.is_meta or bool(total.any()) else torch.ones_like(total)
+
+
+def coded_gate(layer: Any, kind: Kind, settings: ProbePruningConfig) -> Coded | None:
+    """The copy of a gate projection that ranks in its place, where the configuration asks for one."""
+    gate = layer.gates.get(kind)
+    if settings.step_probe is None or gate is None:
+        return None
+    weight: Tensor = layer.get_parameter(gate.path)
+    weight = weight.t() if gate.transposed else weight
+    return encode(weight if gate.range is None else weight[slice(*gate.range)], int(settings.step_probe[3:]))
 
 
 def _refresh_after_load(layer: Any, _incompatible: Any) -> None:

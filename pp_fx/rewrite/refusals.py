@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import Kind, ProbePruningConfig, as_config
-from ..errors import StateError, UnsupportedModelError
+from ..errors import ConfigError, StateError, UnsupportedModelError
 from ..runtime import model_calls
 from .layer import is_transformed
 
@@ -50,7 +50,7 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
     """What `transform` is given; the configuration.
 
     Raises:
-        ConfigError: `config` is none.
+        ConfigError: `config` is none, or cannot be served on the model's device.
         StateError: the model is already transformed, compiled, or in training mode with dropout.
         UnsupportedModelError: no module, or weights on the meta device or distributed.
     """
@@ -69,6 +69,12 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
         raise UnsupportedModelError(
             f"parameter {sharded} is distributed (tensor parallel, FSDP), and a selection would have to be made over "
             "all shards; load the whole model on every rank: pp_fx.calibrate and evaluate share batches between ranks"
+        )
+    moved = next((p.device.type for p in model.parameters() if p.device.type != "cpu"), None)
+    if config.step_probe is not None and moved is not None:
+        raise ConfigError(
+            f"step_probe={config.step_probe!r} has kernels for a CPU, the model is on {moved}; set it to None: then "
+            "the gate itself ranks"
         )
     if model.training and _has_dropout(model):
         raise StateError("model is in training mode with dropout; call model.eval() before transform")

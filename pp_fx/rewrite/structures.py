@@ -82,8 +82,9 @@ def _find_structures(
         block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
         probe_pruning(config)(block)
         groups = {n.group.kind: n.group for n in block.inserted}
+        gates = {n.group.kind: n.gate for n in block.inserted if n.gate is not None}
         found[key] = Structure(
-            cls=block_class(type(layer), block.graph, groups, block.groups.reasons),
+            cls=block_class(type(layer), block.graph, groups, block.groups.reasons, gates),
             groups=groups,
             probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
             factors={

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Kind, ProbePruningConfig
+from ..kernels.coded import Coded
 from ..methods import SCORES, column_sum
 from .names import rows_name
 
@@ -31,6 +32,7 @@ class GroupState(nn.Module):
         units, width: heads (or channels) and input columns of the output projection per head (1 for channels).
         kept_units: how many units a selection keeps; a fixed Python int, so that every shape is static.
         step_units: how many channels each token of a decode step runs; all where tokens do not choose for themselves.
+        coded: of a gated MLP that ranks by one, the copy of its gate projection's weight (`pp_fx.kernels.coded`).
         column_norm: fp32 [C], the norm of each channel's column of the output projection; None without steps.
         factor: of a gated MLP, gate projection [.., C] -> what the up projection is multiplied by.
         column: fp32 [units, width], what the score precomputes of the output projection.
@@ -53,6 +55,8 @@ class GroupState(nn.Module):
 
     column: Tensor
     column_norm: Tensor | None
+    gate_codes: Tensor | None
+    gate_scales: Tensor | None
     reach: Tensor | None
     energy: Tensor | None
     mean: Tensor | None
@@ -100,6 +104,8 @@ class GroupState(nn.Module):
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
             buffer("column_norm", _norms(weight) if self.steps else None)
+            for key in ("gate_codes", "gate_scales"):
+                buffer(key, None)
             buffer("reach", reach if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
             buffer("mean", None if sizes is None else torch.zeros(columns, device=device))
@@ -128,8 +134,13 @@ class GroupState(nn.Module):
         """Whether the score looks at how the heads meet in the output."""
         return self.prunes and SCORES[self.score].gram
 
-    def refresh(self, weight: Tensor, reach: Tensor | None) -> None:
-        """Recompute what depends on the output projection's weight [H, C], and take `reach`: after load_state_dict."""
+    @property
+    def coded(self) -> Coded | None:
+        """The copy of the gate that ranks, if one does."""
+        return None if self.gate_codes is None else Coded(self.gate_codes, self.gate_scales)  # type: ignore[arg-type]
+
+    def refresh(self, weight: Tensor, reach: Tensor | None, coded: Coded | None = None) -> None:
+        """Recompute what depends on the output projection's weight [H, C], take the others: after load_state_dict."""
         if weight.is_meta:
             return
         with torch.inference_mode(False):
@@ -137,6 +148,7 @@ class GroupState(nn.Module):
                 self.column, self.reach = self._column(weight), reach
             if self.steps:
                 self.column_norm = _norms(weight)
+                self.gate_codes, self.gate_scales = coded or (None, None)
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)

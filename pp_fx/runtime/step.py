@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import strongest
+from ..kernels.coded import coded_rows
 from ..process_settings import without_autocast
 from .plan import Plan
 from .state import GroupState
@@ -39,8 +40,17 @@ def gated_step(
     at_once = native or plan.exports
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
     linear = strongest.linear_rows if native else F.linear
-    factor = state.factor(state, linear(rows, gate_weight, gate_bias))  # type: ignore[misc]
-    strength = _strength(state, factor)
+    if state.coded is None:
+        factor = _factor(state, linear(rows, gate_weight, gate_bias))
+        strength = _strength(state, factor)
+    else:
+        ranked = coded_rows(rows, state.coded)
+        strength = _strength(state, _factor(state, ranked if gate_bias is None else ranked + gate_bias))
+        if native:
+            exact = strongest.chosen_rows(strength, rows, gate_weight, gate_bias, state.step_units)
+        else:
+            exact = F.linear(rows, gate_weight, gate_bias)
+        factor = _factor(state, exact)
     if at_once:
         out = strongest.strongest(strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units)
     else:
@@ -73,6 +83,12 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
 def steps(state: GroupState, plan: Plan) -> bool:
     """Whether the tokens of this call choose for themselves."""
     return plan.steps and state.steps and state.mode != "calibrate"
+
+
+def _factor(state: GroupState, gate: Tensor) -> Tensor:
+    """What the up projection is multiplied by."""
+    factor: Tensor = state.factor(state, gate)  # type: ignore[misc]
+    return factor
 
 
 @without_autocast

@@ -14,6 +14,7 @@ import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import ConfigError
 from pp_fx.kernels import strongest
+from pp_fx.kernels.coded import decode, encode
 from pp_fx.rewrite.layer import layers_of
 from tests.helpers.caches import call, make
 from tests.helpers.families import VOCABULARY, build
@@ -158,6 +159,49 @@ def test_compiled_generation_is_the_uncompiled_one_with_one_graph_for_all_steps(
         found += [compiled(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(40, 45)]
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-4, rtol=1e-4)
     assert counter.frame_count == 2, "the prompt's graph and that of a step"
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_copy_of_the_gate_ranks_and_the_gate_computes(bits):
+    """As if the copy stood where the channels are chosen, and nowhere else."""
+    model, dense = tiny_llama(bias=True), tiny_llama(bias=True)
+    expected = eager(dense, 0.5)
+    for layer in expected.model.layers:
+        layer.mlp.forward = _ranked(layer.mlp, decode(encode(layer.mlp.gate_proj.weight, int(bits[3:]))))
+    pp_fx.transform(model, config(step_probe=bits))
+    found = run(model, [1, 2, 1])
+    torch.testing.assert_close(found, run(expected, [1, 2, 1]), atol=3e-4, rtol=1e-4)
+    assert not torch.allclose(found, run(pp_fx.transform(dense, config()), [1, 2, 1]), atol=1e-4)
+    other = tiny_llama(bias=True, seed=4)
+    model.load_state_dict(other.state_dict())
+    again = pp_fx.transform(other, config(step_probe=bits))
+    torch.testing.assert_close(run(model, [1]), run(again, [1]))
+    torch.compiler.reset()
+    cache = make("static", model)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        logits = [compiled(part, past_key_values=cache).logits for part in (IDS[:, :40], IDS[:, 40:41])]
+    torch.testing.assert_close(torch.cat(logits, 1), run(model, [1]), atol=3e-4, rtol=1e-4)
+
+
+def _ranked(mlp, copied):
+    def forward(x):
+        z = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        if x.shape[1] < 32:
+            ranked = F.silu(F.linear(x, copied[:, : x.shape[-1]], mlp.gate_proj.bias)).abs()
+            strength = ranked * mlp.down_proj.weight.norm(dim=0)
+            kept = strength.argsort(-1, descending=True)[..., : strength.shape[-1] - strength.shape[-1] // 2]
+            z = z * torch.zeros_like(z).scatter(-1, kept, 1.0)
+        return mlp.down_proj(z)
+
+    return forward
+
+
+def test_a_copy_that_cannot_rank_is_refused():
+    with pytest.raises(ConfigError, match="step_probe='int4' has no meaning with decode='sticky'"):
+        pp_fx.ProbePruningConfig(step_probe="int4")
+    with pytest.raises(ConfigError, match="step_probe='int2'"):
+        pp_fx.ProbePruningConfig(decode="step", step_probe="int2")
 
 
 def test_generate_in_all_its_modes():

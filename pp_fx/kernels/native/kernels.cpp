@@ -42,6 +42,31 @@ PP_FX_EXPORT int pp_fx_linear(int type, const void* weight, size_t stride, const
   });
 }
 
+// codes: int8 [rows, groups * 64] (bits 8), or uint8 [rows, groups * 32] (bits 4); scales bf16 [rows, groups]; y fp32.
+PP_FX_EXPORT int pp_fx_coded_linear(int type, int bits, const void* codes, const void* scales, const void* x, float* y,
+                                    size_t tokens, size_t rows, size_t depth, int threads) {
+  return with_type(type, [&](auto one) {
+    using T = decltype(one);
+    auto run = [&](auto* typed) {
+      kernels::coded_linear(typed, static_cast<const kernels::BFloat16*>(scales), static_cast<const T*>(x), y, tokens,
+                            rows, depth, threads, Threads{});
+    };
+    bits == 8 ? run(static_cast<const int8_t*>(codes)) : run(static_cast<const uint8_t*>(codes));
+  });
+}
+
+// y [tokens, channels]; strength [tokens, channels], x [tokens, depth], weight [channels, depth].
+PP_FX_EXPORT int pp_fx_chosen_linear(int type, const float* strength, const void* weight, size_t stride,
+                                     const void* bias, const void* x, void* y, size_t tokens, size_t channels,
+                                     size_t depth, size_t count, int threads) {
+  return with_type(type, [&](auto one) {
+    using T = decltype(one);
+    kernels::chosen_linear<T>(strength, {static_cast<const T*>(weight), stride, depth}, static_cast<const T*>(bias),
+                              static_cast<const T*>(x), static_cast<T*>(y), tokens, channels, count, threads,
+                              Threads{});
+  });
+}
+
 // y [tokens, out]; strength and factor [tokens, channels], x [tokens, depth], up [channels, depth] or null, down
 // [channels, out].
 PP_FX_EXPORT int pp_fx_strongest(int type, const float* strength, const void* factor, const void* x, const void* up,

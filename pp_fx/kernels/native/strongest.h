@@ -4,6 +4,7 @@
 // `parallel_for(tasks, task)` calls task(0) .. task(tasks - 1), at once or in turn.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "products.h"
@@ -80,6 +81,58 @@ void linear(Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens, si
       const float add = bias ? widen(bias[r]) : 0;
       dots_of(weight.row(r), of.data(), tokens, depth, weight.row(std::min(r + kAhead, end - 1)),
               [&](size_t t, float total) { narrow(total + add, y[t * rows + r]); });
+    }
+  });
+}
+
+constexpr size_t kGroup = 64;  // features that share a scale
+
+// Codes of a row: int8 as they are, or of 4 bits in pairs, features i and i + 32 of a group in byte i, each 8 too large.
+inline void codes_of(const int8_t* row, size_t group, Lanes (&codes)[4]) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  for (size_t i = 0; i < 4; ++i) {
+    Bytes bytes;
+    std::memcpy(&bytes, row + group * kGroup + i * kLanes, sizeof bytes);
+    codes[i] = __builtin_convertvector(bytes, Lanes);
+  }
+}
+inline void codes_of(const uint8_t* row, size_t group, Lanes (&codes)[4]) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int32_t Words __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  for (size_t i = 0; i < 2; ++i) {
+    Bytes bytes;
+    std::memcpy(&bytes, row + group * kGroup / 2 + i * kLanes, sizeof bytes);
+    const Words words = __builtin_convertvector(bytes, Words);
+    codes[i] = __builtin_convertvector((words & 15) - 8, Lanes);
+    codes[i + 2] = __builtin_convertvector((words >> 4) - 8, Lanes);
+  }
+}
+
+// x weight^T -> y fp32 [tokens, rows]: x [tokens, depth], weight as codes [rows, groups] with scales [rows, groups].
+template <class Code, class T, class ParallelFor>
+void coded_linear(const Code* codes, const BFloat16* scales, const T* x, float* y, size_t tokens, size_t rows,
+                  size_t depth, size_t tasks, ParallelFor parallel_for) {
+  const size_t groups = (depth + kGroup - 1) / kGroup;
+  const size_t width = groups * kGroup / (std::is_same<Code, int8_t>::value ? 1 : 2);
+  std::vector<float> wide(tokens * groups * kGroup);
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t k = 0; k < depth; ++k) wide[t * groups * kGroup + k] = widen(x[t * depth + k]);
+  parallel_for(tasks, [&](size_t task) {
+    const size_t end = rows * (task + 1) / tasks;
+    for (size_t r = rows * task / tasks; r < end; ++r) {
+      const Code* row = codes + r * width;
+      for (size_t t = 0; t < tokens; ++t) {
+        Lanes total = {};
+        for (size_t g = 0; g < groups; ++g) {
+          Lanes code[4];
+          codes_of(row, g, code);
+          const float* part = wide.data() + (t * groups + g) * kGroup;
+          const Lanes low = code[0] * load(part) + code[1] * load(part + kLanes);
+          const Lanes high = code[2] * load(part + 2 * kLanes) + code[3] * load(part + 3 * kLanes);
+          total += (low + high) * widen(scales[r * groups + g]);
+        }
+        y[t * rows + r] = sum(total);
+      }
     }
   });
 }
@@ -167,6 +220,29 @@ void add_rows(Matrix<T> down, const std::vector<uint32_t>& list, const float* z,
       for (size_t t = 0; t < tokens; ++t)
         for (size_t j = 0; j < many; ++j) y[t * down.width + n] += z[(i + j) * tokens + t] * widen(rows[j][n]);
   }
+}
+
+// y [tokens, channels] = x . weight_c + bias_c for a token's chosen channels, 0 for the others.
+template <class T, class ParallelFor>
+void chosen_linear(const float* strength, Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens,
+                   size_t channels, size_t count, size_t tasks, ParallelFor parallel_for) {
+  const Chosen chosen = choose(strength, tokens, channels, count);
+  const size_t total = chosen.channels.size();
+  const std::vector<float> wide = floats(x, tokens * weight.width);
+  std::memset(static_cast<void*>(y), 0, tokens * channels * sizeof(T));
+  parallel_for(tasks, [&](size_t task) {
+    const size_t to = total * (task + 1) / tasks;
+    std::vector<const float*> rows(tokens);
+    for (size_t i = total * task / tasks; i < to; ++i) {
+      const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
+      const uint32_t* of = chosen.tokens.data() + begin;
+      for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * weight.width;
+      const float add = bias ? widen(bias[c]) : 0;
+      const T* next = weight.row(chosen.channels[std::min(i + kAhead, to - 1)]);
+      dots_of(weight.row(c), rows.data(), many, weight.width, next,
+              [&](size_t j, float product) { narrow(product + add, y[of[j] * channels + c]); });
+    }
+  });
 }
 
 // y [tokens, out] = sum over a token's chosen channels c of factor_c * (x . up_c + bias_c) * down_c, plus down_bias;

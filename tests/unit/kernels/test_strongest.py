@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pp_fx.errors import BuildError
-from pp_fx.kernels import strongest
+from pp_fx.kernels import native_kernels, strongest
 from pp_fx.native_library import NativeLibrary
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
@@ -73,7 +73,7 @@ def test_the_native_kernel_is_the_sum_over_the_chosen_channels(call, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert strongest.native() is not None
+        assert native_kernels.native() is not None
         found = strongest.strongest(*call)
     finally:
         torch.set_num_threads(before)
@@ -102,6 +102,19 @@ def test_the_native_linear_layer(call):
 
 
 @needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(calls())
+def test_a_linear_layer_of_the_chosen_channels_alone(call):
+    strength, factor, x, up, bias, *_, count = call
+    up = torch.randn(factor.shape[1], x.shape[1]).to(x.dtype) if up is None else up
+    whole = torch.nn.functional.linear(x.double(), up.double(), None if bias is None else bias.double())
+    chosen = (strength >= strength.topk(count, -1).values[:, -1:]) & (strength > 0)
+    found = strongest.chosen_rows(strength, x, up, bias, count)
+    right = torch.where(chosen, whole, 0.0)
+    torch.testing.assert_close(found.double(), right, atol=TOLERANCE[x.dtype], rtol=TOLERANCE[x.dtype])
+
+
+@needs_compiler
 def test_a_token_that_has_gone_wrong_leaves_the_others_alone():
     call = list(_plain_call(3))
     alone = strongest.strongest(*call)
@@ -119,10 +132,14 @@ def _plain_call(tokens):
     return factor.abs(), factor, x, torch.randn(40, 24), None, torch.randn(40, 24), None, 16
 
 
-@pytest.mark.parametrize("name", ["linear_rows", "strongest"])
+@pytest.mark.parametrize("name", ["linear_rows", "chosen_rows", "strongest"])
 def test_the_operators_tell_compilers_the_truth(name):
     call = _plain_call(2)
-    args = call if name == "strongest" else (call[2], call[3], None)
+    args = {
+        "linear_rows": (call[2], call[3], None),
+        "chosen_rows": (call[0], call[2], call[3], None, 16),
+        "strongest": call,
+    }[name]
     torch.library.opcheck(getattr(torch.ops.pp_fx, name).default, args, test_utils=["test_schema", "test_faketensor"])
 
 
@@ -141,15 +158,15 @@ def test_who_serves_a_call():
 @needs_compiler
 def test_a_library_is_built_once_and_known_again(tmp_path, monkeypatch):
     monkeypatch.setenv("PP_FX_CACHE", str(tmp_path))
-    assert strongest.LIBRARY.find() is None
-    built = strongest.LIBRARY.build()
-    assert strongest.LIBRARY.find() == built
+    assert native_kernels.LIBRARY.find() is None
+    built = native_kernels.LIBRARY.build()
+    assert native_kernels.LIBRARY.find() == built
     other = tmp_path / "other.so"
     other.write_bytes(b"no library")
     with pytest.raises(BuildError, match="is no library of pp_fx operators"):
-        strongest.LIBRARY.check(other)
+        native_kernels.LIBRARY.check(other)
     monkeypatch.setattr("pp_fx.native_library._processor", lambda: "another one")
-    assert strongest.LIBRARY.find() is None, "another processor has a library of its own"
+    assert native_kernels.LIBRARY.find() is None, "another processor has a library of its own"
     broken = NativeLibrary("pp_fx_kernels", tmp_path / "src" / "broken.cpp")
     broken.main.parent.mkdir()
     broken.main.write_text("no C++")

@@ -1,0 +1,57 @@
+"""The native kernels of a CPU (`native/kernels.cpp`): compiled at first use, called with plain pointers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BuildError
+from ..native_library import NATIVE, NativeLibrary
+
+NATIVE_SOURCES = Path(__file__).parent / "native"
+LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What they multiply, as they are told of it."""
+_SIGNATURES = {
+    "pp_fx_linear": "i p s p p p s s s i",
+    "pp_fx_coded_linear": "i i p p p p s s s i",
+    "pp_fx_chosen_linear": "i p p s p p p s s s s i",
+    "pp_fx_strongest": "i p p p p s p p s p p s s s s s i",
+}
+_KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
+
+
+@functools.cache
+def native() -> Any:
+    """The native kernels, compiled if need be; None, with one warning, where that cannot be done."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY.find() or _build()))
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"decode='step' takes the dense model's time, because its kernels are missing ({error}); install a C++ "
+            "compiler, or choose decode='dense'",
+            stacklevel=2,
+        )
+        return None
+    for name, signature in _SIGNATURES.items():
+        getattr(library, name).argtypes = [_KINDS[kind] for kind in signature.split()]
+    return library
+
+
+def _build() -> Path:
+    """With threads where the compiler has OpenMP."""
+    try:
+        return LIBRARY.build(flags=(*NATIVE, "-fopenmp"))
+    except BuildError:
+        return LIBRARY.build()
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Of a tensor's first number; None for None."""
+    return None if tensor is None else tensor.data_ptr()
