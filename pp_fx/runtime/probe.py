@@ -136,7 +136,8 @@ def too_short(state: GroupState, plan: Plan) -> Tensor:
 
 def _evenly(total: Any, count: Any, device: torch.device) -> Tensor:
     """The middles of `count` equal parts of 0 .. total - 1: int64 [count], ascending and distinct."""
-    return (2 * torch.arange(count, device=device) + 1) * total // (2 * count)
+    middles: Tensor = (2 * torch.arange(count, device=device) + 1) * total // (2 * count)
+    return middles
 
 
 def _energy(source: Tensor, reach: Tensor | None) -> Tensor:
