@@ -194,8 +194,8 @@ def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) ->
     with torch.inference_mode(False):
         total = torch.zeros(width, dtype=torch.float32, device=output_weight(layer, group).device)
         for part in group.inputs or group.read:
-            weight: Tensor = layer.get_parameter(part.path)
-            weight = weight.t() if part.transposed else weight
+            stored = layer.get_parameter(part.path)
+            weight = stored.t() if part.transposed else stored
             if weight.shape[1] == width:
                 total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)
         return total if total.is_meta or bool(total.any()) else torch.ones_like(total)
