@@ -26,21 +26,28 @@ from pp_fx.measure.paired_interval import paired_interval
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
+EVEN = {"ranking": "even", "first_position": "never"}
 WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "decoding by step, 20%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.2},
     "decoding by step, 30%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.3},
     "decoding by step, 40%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.4},
     "decoding by step, 50%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.5},
+    "decoding by step, 40%, ranked by int4": {
+        "mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.4, "step_probe": "int4",
+    },
+    "prompts 20% in the last third, decoding by step, 20%": {
+        "mlp_ratio": 0.2, "skip_layers": 16, "probe": EVEN, "decode": "step", "decode_ratio": 0.2,
+    },
     "prompts 20%, decoding dense": {"mlp_ratio": 0.2, "decode": "dense"},
     "prompts 40%, decoding dense": {"mlp_ratio": 0.4, "decode": "dense"},
-    "prompts 20%, decoding sticky": {"mlp_ratio": 0.2, "decode": "sticky"},
-    "prompts 40%, decoding sticky": {"mlp_ratio": 0.4, "decode": "sticky"},
-}
+    "prompts 20%, sticky": {"mlp_ratio": 0.2, "decode": "sticky"},
+    "prompts 40%, sticky": {"mlp_ratio": 0.4, "decode": "sticky"},
+}  # fmt: skip
 
 
 def quality(model: Any, tokenizer: Any, problems: Any, batch: int, config: dict[str, Any], sample: Any) -> Solution:
     """What the model solves, pruned so; it is restored."""
-    pp_fx.transform(model, pp_fx.ProbePruningConfig(**config))
+    pp_fx.transform(model, pp_fx.ProbePruningConfig.from_dict(config))
     try:
         pp_fx.calibrate(model, sample, progress=False)
         with pp_fx.history_frozen(model):
@@ -66,7 +73,7 @@ def times(model: Any, ids: torch.Tensor, config: dict[str, Any], batches: list[i
     made = {}
     for batch in batches:
         found = bench(
-            model, ids[:batch], pp_fx.ProbePruningConfig(**config), phase="decode", new_tokens=48, compiled=True,
+            model, ids[:batch], pp_fx.ProbePruningConfig.from_dict(config), phase="decode", new_tokens=48, compiled=True,
             freezing=True,
         )  # fmt: skip
         made[str(batch)] = {key: found[key] for key in ("dense_ms", "pruned_ms", "ratio", "ideal")}
@@ -99,7 +106,8 @@ def main() -> None:
         solved = row(dense, quality(model, tokenizer, problems, options.batch, WAYS[name], sample))
         found["rows"].append({"name": name, "config": WAYS[name], **solved})
         write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
-    for made in track(found["rows"] if options.time_batches else [], "time", console=Console(stderr=True)):
+    decoding = [made for made in found["rows"] if made["config"]["decode"] != "dense"]
+    for made in track(decoding if options.time_batches else [], "time", console=Console(stderr=True)):
         made["decode"] = times(model, sample[: max(options.time_batches), :128], made["config"], options.time_batches)
         write_json(options.out.with_suffix(".json"), found)
     labels = ["dense", *(made["name"] for made in found["rows"])]

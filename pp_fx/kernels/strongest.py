@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .native_kernels import TYPES, native, pointer
 
-MOST_TOKENS = 16
+MOST_TOKENS = 8
 """Of a call for the kernels: with more, nearly every channel is chosen by some token."""
 
 
