@@ -97,6 +97,14 @@ def decode_quality(found: dict[str, Any]) -> str:
     return grid([{"name": name, **row} for name, row in found["results"].items()], columns)
 
 
+def generated(found: dict[str, Any]) -> str:
+    """Solved, lost and gained, and a decode step of one sequence."""
+    rows = [{"name": "dense", **found["dense"]}, *found["rows"]]
+    against = {"lost / gained": "{lost} / {gained}", "above dense (95%)": "{interval[0]:+.1f} .. {interval[1]:+.1f}"}
+    step = {"step / dense, one sequence": "{decode[1][ratio]:.3f}", "bytes / dense": "{decode[1][ideal]:.3f}"}
+    return grid(rows, {"": "{name}", f"solved of {found['problems']}": "{solved}", **against, **step})
+
+
 def mixed_batches(found: dict[str, Any]) -> str:
     """The whole, and each of the two texts."""
     parts = {"perplexity": "{ppl:.1f}", "of the text": "{ppl_text:.1f}", "of the documentation": "{ppl_docs:.1f}"}
@@ -139,7 +147,7 @@ def costs(found: dict[str, Any]) -> str:
 
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (mixed_batches, compare, onnx_runtime, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, mixed_batches, compare, onnx_runtime, costs)}
 TABLES["cpu-xeon"] = cpu
 """Name of a file in benchmarks/results -> its table."""
 

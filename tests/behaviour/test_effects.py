@@ -21,6 +21,7 @@ CONFIGS = {
     "re-probing": {"decode": "probe", "reprobe_every": 3},
     "sticky": {"compensation_min_tokens": 1},
     "indices alone": {"compact_megabytes": 0},
+    "by step": {"decode": "step"},
 }
 FAMILIES = ("Llama", "Phi3", "Falcon")  # separate and fused projections, and an attention that stays a module
 
