@@ -72,10 +72,8 @@ def times(model: Any, ids: torch.Tensor, config: dict[str, Any], batches: list[i
     """Batch -> time and bytes of a decode step against dense."""
     made = {}
     for batch in batches:
-        found = bench(
-            model, ids[:batch], pp_fx.ProbePruningConfig.from_dict(config), phase="decode", new_tokens=48, compiled=True,
-            freezing=True,
-        )  # fmt: skip
+        settings = pp_fx.ProbePruningConfig.from_dict(config)
+        found = bench(model, ids[:batch], settings, phase="decode", new_tokens=48, compiled=True, freezing=True)
         made[str(batch)] = {key: found[key] for key in ("dense_ms", "pruned_ms", "ratio", "ideal")}
         torch.compiler.reset()
     return made

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import track
 
 from pp_fx.export import native_ops
+from pp_fx.kernels import NATIVE_SOURCES
+from pp_fx.native_library import FLAGS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "sanitize.json"
@@ -32,14 +34,14 @@ SIZES = (0, 1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 70, 130, 400)
 
 def build(folder: Path, fault: bool) -> Path:
     """The library with the sanitizers in it; with a loop that runs one row too far where `fault` is set."""
-    for source in native_ops.SOURCES.iterdir():
+    for source in (*native_ops.LIBRARY.main.parent.iterdir(), *NATIVE_SOURCES.iterdir()):
         text = source.read_text(encoding="utf-8")
-        if fault and source.name == "kernels.h":
+        if fault and source.name == "products.h":
             assert text.count(FAULT[0]) == 1
             text = text.replace(*FAULT)
         (folder / source.name).write_text(text, encoding="utf-8")
     library = folder / "ops.so"
-    flags = (*native_ops._FLAGS, *SANITIZERS, '-DPP_FX_VERSION="sanitized"')
+    flags = (*FLAGS, *SANITIZERS, '-DPP_FX_VERSION="sanitized"')
     subprocess.run(["g++", *flags, str(folder / "ops.cpp"), "-o", str(library)], check=True)
     return library
 
