@@ -83,7 +83,7 @@ def chosen_rows(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 
 def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
     """z [N, C] with 0 for what is not among a token's strongest channels."""
-    least = strength.topk(count, -1).values[:, -1:]
+    least = strength.kthvalue(strength.shape[-1] - count + 1, -1, keepdim=True).values
     return torch.where(strength >= least, z, 0.0)
 
 

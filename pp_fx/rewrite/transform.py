@@ -13,6 +13,7 @@ from ..capture.layers import find_layers, structure_key
 from ..capture.reads import Reads
 from ..config import Kind, ProbePruningConfig
 from ..groups.group import AttentionGroup, Group
+from ..kernels.native_kernels import native
 from ..process_settings import own_defaults
 from ..runtime.names import LAYER, MODEL
 from ..runtime.plan import LayerInfo
@@ -31,7 +32,7 @@ from .refusals import (
 )
 from .structures import Structure, find_structures
 from .verify import compare_layers, run_layers
-from .widths import carried_ratios, kept_units, limit_compact, on_device, step_units
+from .widths import carried_ratios, device_of, kept_units, limit_compact, on_device, step_units
 
 SHADOWED: dict[str, Callable[..., Any]] = {}
 """Methods that a transformed model has in place of its class's, by name: (model, ..). Integrations put theirs here."""
@@ -67,7 +68,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     stepped = config.layer_ratios("decode_ratio", len(layers)) if config.steps else [0.0] * len(layers)
     structures, calls = find_structures(model, layers, config)
     dense = run_layers(layers, calls)
-    warn_dense(model, structures.values(), carried)
+    warn_dense(model, structures.values(), {**carried, "mlp": list(map(max, carried["mlp"], stepped))})
     prepared = []
     for i, layer in enumerate(layers):
         structure = structures[structure_key(layer)]
@@ -89,6 +90,8 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
+        if any(stepped) and device_of(model) == "cpu":
+            native()  # compiled now, if need be, and not in the first generation
         prunes = any(state.prunes or state.steps for _, _, states in prepared for state in states.values())
         inside = Inside.of(layers, _reads(structures.values()))
         holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside)

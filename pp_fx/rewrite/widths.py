@@ -18,7 +18,12 @@ def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[Kind, list[f
 
 def on_device(config: ProbePruningConfig, model: nn.Module) -> ProbePruningConfig:
     """The configuration with the values that the model's device takes for what it leaves open."""
-    return config.on(next((p.device.type for p in model.parameters()), "cpu"))
+    return config.on(device_of(model))
+
+
+def device_of(model: nn.Module) -> str:
+    """The type of the device that a model's first parameter is on."""
+    return next((p.device.type for p in model.parameters()), "cpu")
 
 
 def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:

@@ -245,6 +245,12 @@ def test_loaded_weights_are_read_from_the_next_step_on():
     torch.testing.assert_close(run(model, [1, 2]), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_mlp_that_cannot_step_is_named():
+    model = build("Mixtral")
+    with pytest.warns(UserWarning, match="pp_fx leaves mlp dense in some layers"):
+        pp_fx.transform(model, config())
+
+
 def test_a_ratio_without_steps_is_refused():
     with pytest.raises(ConfigError, match=r"decode_ratio=0\.3 has no meaning with decode='sticky'"):
         pp_fx.ProbePruningConfig(decode_ratio=0.3)
