@@ -99,9 +99,12 @@ def decode_quality(found: dict[str, Any]) -> str:
 
 def generated(found: dict[str, Any]) -> str:
     """Solved, lost and gained, and a decode step of one sequence."""
-    rows = [{"name": "dense", **found["dense"]}, *found["rows"]]
+    rows = [
+        {"name": "dense", **found["dense"]},
+        *({**row, **row.get("decode", {}).get("1", {})} for row in found["rows"]),
+    ]
     against = {"lost / gained": "{lost} / {gained}", "above dense (95%)": "{interval[0]:+.1f} .. {interval[1]:+.1f}"}
-    step = {"step / dense, one sequence": "{decode[1][ratio]:.3f}", "bytes / dense": "{decode[1][ideal]:.3f}"}
+    step = {"step / dense, one sequence": "{ratio:.3f}", "bytes / dense": "{ideal:.3f}"}
     return grid(rows, {"": "{name}", f"solved of {found['problems']}": "{solved}", **against, **step})
 
 

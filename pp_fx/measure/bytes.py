@@ -53,7 +53,10 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
 def _left_out(group: Group, state: GroupState, sizes: dict[str, int], batch: int) -> float:
     """Bytes that a decode step by token does not read: the gate, or all inputs of an MLP without one, run whole."""
     sparse = (group.output,) if state.factor is None else (group.inputs[0], group.output)
-    return sum(sizes[p.path] * p.share for p in sparse) * (1 - state.step_units / state.units) ** batch
+    copied = 0
+    if state.coded is not None:  # the copy runs whole, and the gate as the others do
+        sparse, copied = (*group.inputs, group.output), sum(t.numel() * t.element_size() for t in state.coded)
+    return sum(sizes[p.path] * p.share for p in sparse) * (1 - state.step_units / state.units) ** batch - copied
 
 
 def weight_bytes(model: nn.Module) -> int:
