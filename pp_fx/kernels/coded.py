@@ -1,7 +1,7 @@
 """A copy of a linear layer in 8 or 4 bits, good enough to rank its results: `pp_fx::coded_rows`.
 
-64 features of a row share a scale, which their largest number sets. A CPU's native kernel reads the codes where they
-lie; elsewhere they are widened first.
+64 features of a row share a scale, which their largest number sets; the input is rounded to 8 bits in the same way, so
+that products are integers. A CPU's native kernel reads the codes where they lie; elsewhere they are widened first.
 """
 
 from __future__ import annotations
@@ -49,8 +49,17 @@ def decode(coded: Coded) -> Tensor:
     return (numbers * scales.float().unsqueeze(-1)).flatten(1)
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x [N, H] as the products see it: fp32, every group of a row in 8 bits; 0 where a group is not finite."""
+    width = x.shape[1]
+    groups = F.pad(x.float(), (0, -width % GROUP)).unflatten(1, (-1, GROUP))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    whole = (groups / scales.clamp(min=1e-38)).round() * scales
+    return torch.where((scales > 0) & scales.isfinite(), whole, 0.0).flatten(1)[:, :width]
+
+
 def coded_rows(x: Tensor, coded: Coded) -> Tensor:
-    """x [N, H] through the copy: fp32 [N, C]."""
+    """x [N, H], rounded, through the copy: fp32 [N, C]."""
     return torch.ops.pp_fx.coded_rows(x, *coded)
 
 
@@ -59,7 +68,7 @@ _library.define("coded_rows(Tensor x, Tensor codes, Tensor scales) -> Tensor")
 
 
 def _plain(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return F.linear(x.float(), decode(Coded(codes, scales))[:, : x.shape[1]])
+    return F.linear(rounded(x), decode(Coded(codes, scales))[:, : x.shape[1]])
 
 
 def _native(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pp_fx
 from pp_fx.cache import selections_on
 from pp_fx.errors import ConfigError
 from pp_fx.kernels import strongest
-from pp_fx.kernels.coded import decode, encode
+from pp_fx.kernels.coded import decode, encode, rounded
 from pp_fx.rewrite.layer import layers_of
 from tests.helpers.caches import call, make
 from tests.helpers.families import VOCABULARY, build
@@ -188,7 +188,8 @@ def _ranked(mlp, copied):
     def forward(x):
         z = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
         if x.shape[1] < 32:
-            ranked = F.silu(F.linear(x, copied[:, : x.shape[-1]], mlp.gate_proj.bias)).abs()
+            near = rounded(x.flatten(0, 1)).view_as(x)
+            ranked = F.silu(F.linear(near, copied[:, : x.shape[-1]], mlp.gate_proj.bias)).abs()
             strength = ranked * mlp.down_proj.weight.norm(dim=0)
             kept = strength.argsort(-1, descending=True)[..., : strength.shape[-1] - strength.shape[-1] // 2]
             z = z * torch.zeros_like(z).scatter(-1, kept, 1.0)

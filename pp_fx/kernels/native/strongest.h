@@ -4,6 +4,10 @@
 // `parallel_for(tasks, task)` calls task(0) .. task(tasks - 1), at once or in turn.
 #pragma once
 
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
 #include <type_traits>
 #include <vector>
 
@@ -87,25 +91,66 @@ void linear(Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens, si
 
 constexpr size_t kGroup = 64;  // features that share a scale
 
-// Codes of a row: int8 as they are, or of 4 bits in pairs, features i and i + 32 of a group in byte i, each 8 too large.
-inline void codes_of(const int8_t* row, size_t group, Lanes (&codes)[4]) {
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  for (size_t i = 0; i < 4; ++i) {
-    Bytes bytes;
-    std::memcpy(&bytes, row + group * kGroup + i * kLanes, sizeof bytes);
-    codes[i] = __builtin_convertvector(bytes, Lanes);
-  }
+typedef int32_t Words __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// Sums of code * x over a group, spread over the lanes. Codes are int8 as they are, or of 4 bits in pairs, features i and
+// i + 32 of the group in byte i, each 8 too large.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+inline Words group_sums(const int8_t* codes, const int8_t* x, int32_t sum_of_x) {
+  const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));  // 128 too large
+  Words sums = reinterpret_cast<Words>(_mm512_dpbusd_epi32(_mm512_setzero_si512(), raised, _mm512_loadu_si512(x)));
+  sums[0] -= 128 * sum_of_x;
+  return sums;
 }
-inline void codes_of(const uint8_t* row, size_t group, Lanes (&codes)[4]) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  typedef int32_t Words __attribute__((vector_size(kLanes * sizeof(int32_t))));
-  for (size_t i = 0; i < 2; ++i) {
-    Bytes bytes;
-    std::memcpy(&bytes, row + group * kGroup / 2 + i * kLanes, sizeof bytes);
-    const Words words = __builtin_convertvector(bytes, Words);
-    codes[i] = __builtin_convertvector((words & 15) - 8, Lanes);
-    codes[i + 2] = __builtin_convertvector((words >> 4) - 8, Lanes);
-  }
+inline Words group_sums(const uint8_t* codes, const int8_t* x, int32_t sum_of_x) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), low = _mm256_set1_epi8(15);
+  const __m256i first = _mm256_and_si256(pairs, low), second = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  Words sums = reinterpret_cast<Words>(_mm512_dpbusd_epi32(_mm512_setzero_si512(), both, _mm512_loadu_si512(x)));
+  sums[0] -= 8 * sum_of_x;
+  return sums;
+}
+#else
+inline Words group_sums(const int8_t* codes, const int8_t* x, int32_t) {
+  int32_t sum = 0;
+  for (size_t i = 0; i < kGroup; ++i) sum += codes[i] * x[i];
+  return Words{sum};
+}
+inline Words group_sums(const uint8_t* codes, const int8_t* x, int32_t sum_of_x) {
+  int32_t sum = -8 * sum_of_x;
+  for (size_t i = 0; i < kGroup / 2; ++i) sum += (codes[i] & 15) * x[i] + (codes[i] >> 4) * x[i + kGroup / 2];
+  return Words{sum};
+}
+#endif
+
+// Rows of x as int8, with a scale for each group: products with codes are then integers.
+struct Rounded {
+  std::vector<int8_t> codes;   // [tokens, groups * 64]
+  std::vector<float> scales;   // [tokens, groups]
+  std::vector<int32_t> sums;   // of the codes, [tokens, groups]
+};
+
+template <class T>
+Rounded rounded(const T* x, size_t tokens, size_t depth, size_t groups) {
+  Rounded made{std::vector<int8_t>(tokens * groups * kGroup), std::vector<float>(tokens * groups),
+               std::vector<int32_t>(tokens * groups)};
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t g = 0; g < groups; ++g) {
+      const T* part = x + t * depth + g * kGroup;
+      const size_t many = std::min(kGroup, depth - g * kGroup);
+      float largest = 0;
+      for (size_t i = 0; i < many; ++i) largest = std::max(largest, std::fabs(widen(part[i])));
+      if (!(largest > 0) || !std::isfinite(largest)) continue;
+      const size_t place = t * groups + g;
+      made.scales[place] = largest / 127;
+      for (size_t i = 0; i < many; ++i) {
+        const float number = widen(part[i]) / made.scales[place];
+        const int8_t code = std::isnan(number) ? 0 : static_cast<int8_t>(std::lrint(number));
+        made.codes[place * kGroup + i] = code;
+        made.sums[place] += code;
+      }
+    }
+  return made;
 }
 
 // x weight^T -> y fp32 [tokens, rows]: x [tokens, depth], weight as codes [rows, groups] with scales [rows, groups].
@@ -113,27 +158,21 @@ template <class Code, class T, class ParallelFor>
 void coded_linear(const Code* codes, const BFloat16* scales, const T* x, float* y, size_t tokens, size_t rows,
                   size_t depth, size_t tasks, ParallelFor parallel_for) {
   const size_t groups = (depth + kGroup - 1) / kGroup;
-  const size_t width = groups * kGroup / (std::is_same<Code, int8_t>::value ? 1 : 2);
-  std::vector<float> wide(tokens * groups * kGroup);
-  for (size_t t = 0; t < tokens; ++t)
-    for (size_t k = 0; k < depth; ++k) wide[t * groups * kGroup + k] = widen(x[t * depth + k]);
+  const size_t width = kGroup / (std::is_same<Code, int8_t>::value ? 1 : 2);
+  const Rounded given = rounded(x, tokens, depth, groups);
   parallel_for(tasks, [&](size_t task) {
     const size_t end = rows * (task + 1) / tasks;
-    for (size_t r = rows * task / tasks; r < end; ++r) {
-      const Code* row = codes + r * width;
+    for (size_t r = rows * task / tasks; r < end; ++r)
       for (size_t t = 0; t < tokens; ++t) {
         Lanes total = {};
         for (size_t g = 0; g < groups; ++g) {
-          Lanes code[4];
-          codes_of(row, g, code);
-          const float* part = wide.data() + (t * groups + g) * kGroup;
-          const Lanes low = code[0] * load(part) + code[1] * load(part + kLanes);
-          const Lanes high = code[2] * load(part + 2 * kLanes) + code[3] * load(part + 3 * kLanes);
-          total += (low + high) * widen(scales[r * groups + g]);
+          const size_t place = t * groups + g;
+          const Words sums =
+              group_sums(codes + (r * groups + g) * width, given.codes.data() + place * kGroup, given.sums[place]);
+          total += __builtin_convertvector(sums, Lanes) * (given.scales[place] * widen(scales[r * groups + g]));
         }
         y[t * rows + r] = sum(total);
       }
-    }
   });
 }
 
