@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..groups.group import Group
+from ..groups.projections import Projection
 from ..rewrite.layer import layers_of, settings_of
 from ..runtime.state import GroupState
 from .macs import head_size, running_units
@@ -52,7 +53,7 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
 
 def _left_out(group: Group, state: GroupState, sizes: dict[str, int], batch: int) -> float:
     """Bytes that a decode step by token does not read: the gate, or all inputs of an MLP without one, run whole."""
-    sparse = (group.output,) if state.factor is None else (group.inputs[0], group.output)
+    sparse: tuple[Projection, ...] = (group.output,) if state.factor is None else (group.inputs[0], group.output)
     copied = 0
     if state.coded is not None:  # the copy runs whole, and the gate as the others do
         sparse, copied = (*group.inputs, group.output), sum(t.numel() * t.element_size() for t in state.coded)

@@ -61,7 +61,7 @@ def run(model, chunks, cache=None, ids=IDS, prompt=40):
     return torch.cat(found, 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([0.1, 0.3, 0.5, 0.7]),
     st.lists(st.integers(1, 6), min_size=1, max_size=3),

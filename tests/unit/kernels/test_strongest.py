@@ -210,7 +210,7 @@ def test_the_triton_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(calls())
 def _interpreted(call):
     from pp_fx.kernels import triton_strongest
