@@ -100,7 +100,7 @@ def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _plain_strongest(
+def plain_strongest(
     strength: Tensor,
     factor: Tensor,
     x: Tensor,
@@ -110,6 +110,7 @@ def _plain_strongest(
     down_bias: Tensor | None,
     count: int,
 ) -> Tensor:
+    """As `strongest`, by torch's own products, which have gradients: everything runs, what is not chosen is masked."""
     z = factor if up is None else factor * F.linear(x, up, up_bias)
     return F.linear(masked(strength, z, count), down.t(), down_bias)
 
@@ -172,7 +173,7 @@ def _native_strongest(
 ) -> Tensor:
     library = native()
     if library is None or down.stride(1) != 1 or (up is not None and up.stride(1) != 1):
-        return _plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count)
+        return plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count)
     strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
     y = x.new_empty(x.shape[0], down.shape[1])
     library.pp_fx_strongest(
@@ -196,17 +197,20 @@ def _native_strongest(
     return y
 
 
-def _cuda_strongest(strength: Tensor, *others: Any) -> Tensor:
+def _cuda_strongest(
+    strength: Tensor, factor: Tensor, x: Tensor, up: Any, up_bias: Any, down: Tensor, *more: Any
+) -> Tensor:
     from .triton_strongest import strongest as kernel
 
-    made: Tensor = kernel(strength, *others)
+    contiguous = down.stride(1) == 1 and (up is None or up.stride(1) == 1)  # rows, as the kernels read them
+    made: Tensor = (kernel if contiguous else plain_strongest)(strength, factor, x, up, up_bias, down, *more)
     return made
 
 
 for _name, _plain, _cpu in (
     ("linear_rows", _plain_linear, _native_linear),
     ("chosen_rows", _plain_chosen, _native_chosen),
-    ("strongest", _plain_strongest, _native_strongest),
+    ("strongest", plain_strongest, _native_strongest),
 ):
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")

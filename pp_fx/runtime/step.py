@@ -37,7 +37,6 @@ def gated_step(
         return None
     rows = x.flatten(0, -2)
     native = not plan.exports and strongest.serves(weight, rows.shape[0])
-    at_once = native or plan.exports
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
     linear = strongest.linear_rows if native else F.linear
     if state.coded is None:
@@ -51,11 +50,8 @@ def gated_step(
         else:
             exact = F.linear(rows, gate_weight, gate_bias)
         factor = _factor(state, exact)
-    if at_once:
-        out = strongest.strongest(strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units)
-    else:
-        z = factor * F.linear(rows, up_weight, up_bias)
-        out = F.linear(strongest.masked(strength, z, state.step_units), weight, bias)
+    product = strongest.strongest if native or plan.exports else strongest.plain_strongest
+    out = product(strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -73,10 +69,9 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
         return None
     rows = z.flatten(0, -2)
     strength = _strength(state, rows)
-    if plan.exports or strongest.serves(weight, rows.shape[0]):
-        out = strongest.strongest(strength, rows, rows, None, None, weight.t(), bias, state.step_units)
-    else:
-        out = F.linear(strongest.masked(strength, rows, state.step_units), weight, bias)
+    at_once = plan.exports or strongest.serves(weight, rows.shape[0])
+    product = strongest.strongest if at_once else strongest.plain_strongest
+    out = product(strength, rows, rows, None, None, weight.t(), bias, state.step_units)
     return out.view(*z.shape[:-1], -1)
 
 
