@@ -201,9 +201,11 @@ def _cuda_strongest(
     strength: Tensor, factor: Tensor, x: Tensor, up: Any, up_bias: Any, down: Tensor, *more: Any
 ) -> Tensor:
     from .triton_strongest import strongest as kernel
+    from .triton_top import LARGEST
 
-    contiguous = down.stride(1) == 1 and (up is None or up.stride(1) == 1)  # rows, as the kernels read them
-    made: Tensor = (kernel if contiguous else plain_strongest)(strength, factor, x, up, up_bias, down, *more)
+    rows = down.stride(1) == 1 and (up is None or up.stride(1) == 1)  # contiguous, as the kernels read them
+    fits = strength.shape[1] <= LARGEST
+    made: Tensor = (kernel if rows and fits else plain_strongest)(strength, factor, x, up, up_bias, down, *more)
     return made
 
 

@@ -1,86 +1,86 @@
-"""The Triton kernels of `strongest`: a row of a weight is loaded only if a token of the call has chosen its channel.
+"""The Triton kernels of `strongest` for one token: they read the rows of its chosen channels where these lie.
 
-Nothing is compacted, so every size is known before the choice is and CUDA graphs replay it: a program whose channels
-nobody has chosen loads nothing. Three launches: each token's bound, the up projection, the output projection in slices
-of the channels, whose partial sums torch adds.
+Their number is known before the choice is, so CUDA graphs replay it. Four launches: the choice (`triton_top`), the up
+projection, the output projection in slices of the channels, and the slices' sum. Several tokens choose nearly every
+channel among them: for those the library's products run whole, and one kernel masks what lies between.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_CHANNELS = 65536
-"""Strengths of one token that one program holds in registers."""
-_NUMBERS = 4096
-"""Of one tile of products: tokens x channels x features."""
-_FEATURES = 128
-_SLICE = 512
-"""Channels whose output rows one program adds."""
+from .triton_top import bound, top
+
+_CHANNELS, _FEATURES, _STATE_WARPS = 4, 512, 2
+"""Rows of the up projection that one program reads, so many features at a time."""
+_SLICE, _ROWS, _COLUMNS, _OUTPUT_WARPS = 128, 8, 512, 2
+"""Rows of the output projection that one program adds, so many at a time, and how wide."""
 
 
 @triton.jit
-def _least(strength, least, channels, count, N: tl.constexpr):
-    """A token's `count`-th largest strength, by bisection of the bits: of numbers from 0 on they are in order."""
-    c = tl.arange(0, N)
-    inside = c < channels
-    keys = tl.load(strength + tl.program_id(0) * channels + c, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    low = tl.min(tl.where(inside, keys, 2147483647), 0)
-    high = tl.max(tl.where(inside, keys, 0), 0)
-    while low < high:  # the largest bound that at least `count` strengths reach
-        middle = low + (high - low + 1) // 2
-        reached = tl.sum((inside & (keys >= middle)).to(tl.int32), 0) >= count
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
-    tl.store(least + tl.program_id(0), low.to(tl.float32, bitcast=True))
+def _state(kept, factor, x, up, bias, z, count, depth, stride,
+           BIAS: tl.constexpr, C: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """z[i] = factor * (x . up + bias) of the i-th chosen channel."""
+    i, k = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, K)
+    inside = i < count
+    c = tl.load(kept + i, mask=inside, other=0)
+    total = tl.zeros((C, K), dtype=tl.float32)  # added up once, at the end
+    for start in range(0, depth, K):
+        near = start + k < depth
+        rows = tl.load(up + c[:, None] * stride + (start + k)[None, :],
+                       mask=inside[:, None] & near[None, :], other=0.0).to(tl.float32)  # fmt: skip
+        total += rows * tl.load(x + start + k, mask=near, other=0.0).to(tl.float32)[None, :]
+    made = tl.sum(total, 1)
+    if BIAS:
+        made += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    met = tl.load(factor + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(z + i, (met * made.to(z.dtype.element_ty).to(tl.float32)).to(z.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _state(strength, least, factor, x, up, bias, z, tokens, channels, depth, stride,
-           GATED: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, C: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """z[t, c] = factor * (x . up_c + bias_c) where token t has chosen c, else 0."""
-    t, c, k = tl.arange(0, T), tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, K)
-    place = t[:, None] * channels + c[None, :]
-    inside = (t[:, None] < tokens) & (c[None, :] < channels)
-    force = tl.load(strength + place, mask=inside, other=0.0)
-    bound = tl.load(least + t, mask=t < tokens, other=0.0)
-    chosen = inside & (force >= bound[:, None]) & (force > 0)
-    made = tl.load(factor + place, mask=chosen, other=0.0).to(tl.float32)
-    if GATED:
-        wanted = tl.max(chosen.to(tl.int32), 0) > 0
-        total = tl.zeros((T, C), dtype=tl.float32)
-        for start in range(0, depth, K):
-            near = start + k < depth
-            rows = tl.load(up + c[:, None].to(tl.int64) * stride + (start + k)[None, :],
-                           mask=wanted[:, None] & near[None, :], other=0.0).to(tl.float32)  # fmt: skip
-            part = tl.load(x + t[:, None] * depth + (start + k)[None, :],
-                           mask=(t[:, None] < tokens) & near[None, :], other=0.0).to(tl.float32)  # fmt: skip
-            total += tl.sum(part[:, None, :] * rows[None, :, :], 2)
-        if BIAS:
-            total += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-        made = made * total.to(z.dtype.element_ty).to(tl.float32)
-    tl.store(z + place, tl.where(chosen, made, 0.0).to(z.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _output(z, down, partial, tokens, channels, width, stride,
-            SLICE: tl.constexpr, T: tl.constexpr, C: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """partial[slice, t, o] = sum over the slice's channels of z[t, c] * down[c, o]."""
-    t, o = tl.arange(0, T), tl.program_id(0) * W + tl.arange(0, W)
-    total = tl.zeros((T, W), dtype=tl.float32)
+def _output(kept, z, down, partial, count, width, stride,
+            SLICE: tl.constexpr, C: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """partial[slice, o] = sum over the slice's chosen channels of z * down[:, o]."""
+    o = tl.program_id(0) * W + tl.arange(0, W)
+    total = tl.zeros((C, W), dtype=tl.float32)
     first = tl.program_id(1) * SLICE
     for start in range(first, first + SLICE, C):
-        c = start + tl.arange(0, C)
-        part = tl.load(z + t[:, None] * channels + c[None, :], mask=(t[:, None] < tokens) & (c[None, :] < channels),
-                       other=0.0).to(tl.float32)  # fmt: skip
-        wanted = tl.max((part != 0).to(tl.int32), 0) > 0
-        rows = tl.load(down + c[:, None].to(tl.int64) * stride + o[None, :],
-                       mask=wanted[:, None] & (o[None, :] < width), other=0.0).to(tl.float32)  # fmt: skip
-        total += tl.sum(part[:, :, None] * rows[None, :, :], 1)
-    place = (tl.program_id(1) * tokens + t[:, None]) * width + o[None, :]
-    tl.store(partial + place, total, mask=(t[:, None] < tokens) & (o[None, :] < width))
+        i = start + tl.arange(0, C)
+        inside = i < count
+        c = tl.load(kept + i, mask=inside, other=0)
+        rows = tl.load(down + c[:, None] * stride + o[None, :],
+                       mask=inside[:, None] & (o[None, :] < width), other=0.0).to(tl.float32)  # fmt: skip
+        total += rows * tl.load(z + i, mask=inside, other=0.0).to(tl.float32)[:, None]
+    tl.store(partial + tl.program_id(1) * width + o, tl.sum(total, 0), mask=o < width)
+
+
+@triton.jit
+def _sum(partial, bias, out, slices, width, BIAS: tl.constexpr, S: tl.constexpr, W: tl.constexpr):
+    """out[o] = sum over the slices, and the bias."""
+    s, o = tl.arange(0, S), tl.program_id(0) * W + tl.arange(0, W)
+    total = tl.zeros((S, W), dtype=tl.float32)
+    for start in range(0, slices, S):
+        total += tl.load(partial + (start + s)[:, None] * width + o[None, :],
+                         mask=(start + s < slices)[:, None] & (o < width)[None, :], other=0.0)  # fmt: skip
+    made = tl.sum(total, 0)
+    if BIAS:
+        made += tl.load(bias + o, mask=o < width, other=0.0).to(tl.float32)
+    tl.store(out + o, made.to(out.dtype.element_ty), mask=o < width)
+
+
+@triton.jit
+def _masked(strength, z, out, channels, count, N: tl.constexpr):
+    """z where a token's strength is among its `count` strongest, else 0; one program for each token."""
+    c = tl.arange(0, N)
+    inside = c < channels
+    place = tl.program_id(0) * channels + c
+    keys = tl.load(strength + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)  # from 0 on, bits are in order
+    chosen = inside & (keys >= bound(keys, inside, count))
+    tl.store(out + place, tl.load(z + place, mask=chosen, other=0.0), mask=inside)
 
 
 def strongest(
@@ -93,23 +93,37 @@ def strongest(
     down_bias: Tensor | None,
     count: int,
 ) -> Tensor:
-    """As `pp_fx.kernels.strongest.strongest`."""
-    tokens, channels = strength.shape
-    strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
-    least = strength.new_empty(tokens)
-    padded = max(16, triton.next_power_of_2(channels))
-    _least[(tokens,)](strength, least, channels, count, N=padded, num_warps=min(32, max(1, padded // 512)))
-    rows = triton.next_power_of_2(tokens)
-    z, together = torch.empty_like(factor), max(1, _NUMBERS // (rows * _FEATURES))
-    _state[(triton.cdiv(channels, together),)](
-        strength, least, factor, x, x if up is None else up, x if up_bias is None else up_bias, z, tokens, channels,
-        x.shape[1], 0 if up is None else up.stride(0), GATED=up is not None, BIAS=up_bias is not None, T=rows,
-        C=together, K=_FEATURES,
+    """As `pp_fx.kernels.strongest.strongest`; of one token exactly `count` channels, of equal ones the first."""
+    if len(x) > 1:
+        z = factor if up is None else factor * F.linear(x, up, up_bias)
+        return F.linear(masked(strength, z, count), down.t(), down_bias)
+    kept, width = top(strength.float()[0], count), down.shape[1]
+    if up is None:
+        z = factor[0, kept]
+    else:
+        z = factor.new_empty(count)
+        _state[(triton.cdiv(count, _CHANNELS),)](
+            kept, factor.contiguous(), x.contiguous(), up, x if up_bias is None else up_bias, z, count, x.shape[1],
+            up.stride(0), BIAS=up_bias is not None, C=_CHANNELS, K=_FEATURES, num_warps=_STATE_WARPS,
+        )  # fmt: skip
+    slices = triton.cdiv(count, _SLICE)
+    partial, out = strength.new_empty(slices, width, dtype=torch.float32), factor.new_empty(1, width)
+    _output[(triton.cdiv(width, _COLUMNS), slices)](
+        kept, z, down, partial, count, width, down.stride(0), SLICE=_SLICE, C=_ROWS, W=_COLUMNS,
+        num_warps=_OUTPUT_WARPS,
     )  # fmt: skip
-    width, slices = down.shape[1], triton.cdiv(channels, _SLICE)
-    partial = strength.new_empty(slices, tokens, width)
-    _output[(triton.cdiv(width, _FEATURES), slices)](
-        z, down, partial, tokens, channels, width, down.stride(0), SLICE=_SLICE, T=rows, C=together, W=_FEATURES
+    _sum[(triton.cdiv(width, 64),)](
+        partial, z if down_bias is None else down_bias, out, slices, width, BIAS=down_bias is not None, S=16, W=64
     )
-    out = partial.sum(0)
-    return (out if down_bias is None else out + down_bias).to(factor.dtype)
+    return out
+
+
+def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
+    """As `pp_fx.kernels.strongest.masked`: strength [N, C] at least 0, z [N, C]."""
+    channels, out = strength.shape[1], torch.empty_like(z)
+    padded = max(16, triton.next_power_of_2(channels))
+    _masked[(len(z),)](
+        strength.float().contiguous(), z.contiguous(), out, channels, count, N=padded,
+        num_warps=min(32, max(1, padded // 512)),
+    )  # fmt: skip
+    return out

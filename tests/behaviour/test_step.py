@@ -17,10 +17,11 @@ from pp_fx.kernels import strongest
 from pp_fx.kernels.coded import decode, encode, rounded
 from pp_fx.rewrite.layer import layers_of
 from tests.helpers.caches import call, make
+from tests.helpers.device import DEVICE
 from tests.helpers.families import VOCABULARY, build
 from tests.helpers.models import tiny_llama
 
-IDS = torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
 
 def config(**changes):

@@ -38,8 +38,8 @@ def oracle(strength, factor, x, up, up_bias, down, down_bias, count):
 
 
 @st.composite
-def calls(draw):
-    tokens, channels = draw(st.integers(1, 6)), draw(st.integers(1, 70))
+def calls(draw, tokens=st.integers(1, 6)):
+    tokens, channels = draw(tokens), draw(st.integers(1, 70))
     hidden, out = draw(st.sampled_from([1, 3, 15, 16, 17, 31, 33, 64, 65, 130])), draw(st.integers(1, 70))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
@@ -192,13 +192,24 @@ def test_without_a_compiler_torch_computes_the_same_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def like_the_oracle(strongest, call, move):
+    """Of equal strengths one token takes the first ones, as many as asked for: the oracle is told which."""
+    strength, factor, *_, count = call
+    found = strongest(*(move(part) if isinstance(part, torch.Tensor) else part for part in call)).cpu()
+    if len(strength) == 1:
+        order = strength[0].sort(descending=True, stable=True).indices
+        strength = torch.zeros_like(strength).index_fill_(1, order[:count], 1.0)
+    dtype = factor.dtype
+    assert found.dtype == dtype
+    expected = oracle(strength, *call[1:])
+    torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @pytest.mark.gpu
-@settings(max_examples=12, deadline=None)
-@given(calls())
+@settings(max_examples=30, deadline=None)
+@given(calls(st.sampled_from([1, 1, 2, 5])))
 def test_the_triton_kernels_on_a_gpu(call):
-    found = strongest.strongest(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in call))
-    dtype = call[1].dtype
-    torch.testing.assert_close(found.cpu().double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    like_the_oracle(strongest.strongest, call, torch.Tensor.cuda)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -210,16 +221,14 @@ def test_the_triton_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(calls())
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(calls(st.sampled_from([1, 1, 2, 5])))
 def _interpreted(call):
     from pp_fx.kernels import triton_strongest
 
-    triton_strongest._SLICE, triton_strongest._FEATURES, triton_strongest._NUMBERS = 64, 32, 512  # several of each
-    dtype = call[1].dtype
-    found = triton_strongest.strongest(*call)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), oracle(*call), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    # several of each
+    triton_strongest._FEATURES, triton_strongest._SLICE, triton_strongest._COLUMNS = 32, 16, 32
+    like_the_oracle(triton_strongest.strongest, call, torch.Tensor.clone)
 
 
 if __name__ == "__main__":
