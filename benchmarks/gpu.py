@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
 
-bf16, compiled, random weights (time does not depend on them), shapes of Llama-2-7B and Llama-3-8B, MLP 40%, with and
-without heads, every compensation, decode="step". All sides of a row take turns; the JSON is written after every row.
-Needs torch, transformers and rich, and runs from a checkout. `--device cpu --tiny` tries the script without a GPU.
+bf16, compiled, random weights (time does not depend on them), shapes of Llama-2-7B, Llama-3-8B and 70B, MLP 40%, with
+and without heads, every compensation, decode="step". All sides of a row take turns; the JSON is written after every
+row. Needs torch, transformers and rich, and runs from a checkout. `--device cpu --tiny` tries the script without a GPU.
 
 - wall: milliseconds from the call to the device's end, host included. device: the sum of the kernels' times.
 - static: the same channels cut out of the weights once; ideal: MACs (prefill, probe and compensation counted) or bytes
@@ -39,6 +39,8 @@ from pp_fx.measure.bounds import static_copies
 SHAPES = {
     "Llama-2-7B": {},
     "Llama-3-8B": {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "Llama-3-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+                    "num_key_value_heads": 8},
     "tiny": {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vocab_size": 500},
 }  # fmt: skip
@@ -49,6 +51,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "default": {},
     "MLP and heads": {"attention_ratio": 0.4},
     "by step": {"decode": "step"},
+    "by step, 50%": {"decode": "step", "decode_ratio": 0.5},
 }
 PRODUCT_ROWS = (1, 16, 64, 256, 1024, 2048, 8192, 20480)
 
@@ -75,7 +78,8 @@ ROWS = (
     Row("Llama-2-7B", "decode", 1, 512, 16, ("default", "MLP and heads"), True),
     Row("Llama-2-7B", "prefill", 20, 1024, 2, ("no compensation", "default", "least squares", "MLP and heads")),
     Row("Llama-2-7B", "decode", 32, 512, 16, graphs=True),
-    Row("Llama-3-8B", "decode", 1, 512, 8, ("default", "by step"), True),
+    Row("Llama-3-8B", "decode", 1, 512, 8, ("default", "by step", "by step, 50%"), True),
+    Row("Llama-3-70B", "decode", 1, 512, 3, ("default", "by step", "by step, 50%"), True),
     Row("Llama-2-7B", "prefill", 1, 2048, 2),
     Row("Llama-2-7B", "prefill", 1, 512, 2),
     Row("Llama-2-7B", "prefill", 4, 512, 2),

@@ -90,7 +90,7 @@ class ProbePruningConfig:
             attention heads stay), "step" (every token of a decode step chooses the MLP's channels for itself, by its
             own gate; attention heads run whole) or "auto" ("step" for calls of at most `step_tokens` tokens, whose
             choices have enough in common to save time, else "dense").
-        step_tokens: of decode="auto", all samples together. None: what suits the model's device (`pp_fx.devices`): 4.
+        step_tokens: of decode="auto", all samples together. None: what suits the model's device (`pp_fx.devices`).
         step_probe: a copy of the gate projection in 8 or 4 bits that ranks the channels of decode="step" in its place
             ("int8", "int4"; then the gate reads the chosen channels alone), or None: the gate ranks, whole. For a CPU;
             an MLP without a gate ranks by all of its inputs in any case.

@@ -23,7 +23,7 @@ class Defaults(NamedTuple):
 
 
 CPU = Defaults(round_to=16, compensation_min_tokens=2048, step_tokens=4)
-CUDA = Defaults(round_to=64, compensation_min_tokens=49152, step_tokens=4)
+CUDA = Defaults(round_to=64, compensation_min_tokens=49152, step_tokens=1)
 
 
 def defaults(kind: str) -> Defaults:

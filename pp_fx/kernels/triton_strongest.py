@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .triton_top import bound, top
 
-_CHANNELS, _FEATURES, _STATE_WARPS = 4, 512, 2
+_CHANNELS, _FEATURES, _STATE_WARPS = 8, 256, 4
 """Rows of the up projection that one program reads, so many features at a time."""
 _SLICE, _ROWS, _COLUMNS, _OUTPUT_WARPS = 128, 8, 512, 2
 """Rows of the output projection that one program adds, so many at a time, and how wide."""
@@ -112,8 +112,8 @@ def strongest(
         kept, z, down, partial, count, width, down.stride(0), SLICE=_SLICE, C=_ROWS, W=_COLUMNS,
         num_warps=_OUTPUT_WARPS,
     )  # fmt: skip
-    _sum[(triton.cdiv(width, 64),)](
-        partial, z if down_bias is None else down_bias, out, slices, width, BIAS=down_bias is not None, S=16, W=64
+    _sum[(triton.cdiv(width, 32),)](
+        partial, z if down_bias is None else down_bias, out, slices, width, BIAS=down_bias is not None, S=16, W=32
     )
     return out
 
