@@ -151,7 +151,7 @@ def costs(found: dict[str, Any]) -> str:
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, mixed_batches, compare, onnx_runtime, costs)}
-TABLES["cpu-xeon"] = cpu
+TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu}
 """Name of a file in benchmarks/results -> its table."""
 
 

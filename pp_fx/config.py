@@ -152,7 +152,7 @@ class ProbePruningConfig:
         check_integers(0, ConfigError, skip_layers=self.skip_layers)
         for name in ("round_to", "ratio_digits", "compensation_min_tokens", "step_tokens"):
             if getattr(self, name) is not None:
-                check_integers(1, ConfigError, **{name: getattr(self, name)})
+                check_integers(0 if name == "step_tokens" else 1, ConfigError, **{name: getattr(self, name)})
         if not isinstance(self.probe, ProbeConfig | None):
             raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
         _choice("history", self.history, (*get_args(HistoryKind), None))
