@@ -1,7 +1,7 @@
 """The MLP of a decode step over each token's strongest channels: `pp_fx::linear_rows` and `pp_fx::strongest`.
 
-On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), on CUDA Triton's: they read a channel's
-weights where they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are
+On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), on CUDA, for one token, Triton's: they
+read a channel's weights where they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are
 asked for, torch's own products run whole and what is not chosen is masked: the same numbers for the time of the dense
 model.
 """
@@ -50,7 +50,7 @@ def strongest(
     """sum over a token's chosen channels c of factor_c * (x . up_c) * down_c.
 
     Chosen are the channels that are at least as strong as the token's `count`-th strongest (so a few more where
-    several are equal).
+    several are equal; one token on CUDA takes the first of these).
 
     Args:
         strength: fp32 [N, C], at least 0.

@@ -142,7 +142,8 @@ def test_the_gate_is_found_by_dataflow(family, gated):
     assert all(state.steps and (state.factor is not None) is gated for state in states)
     ids = torch.randint(2, VOCABULARY, (2, 44), generator=torch.Generator().manual_seed(1))
     found, exact = run(model, [1, 1], ids=ids), run(dense, [1, 1], ids=ids)
-    torch.testing.assert_close(found[:, :40], exact[:, :40], atol=1e-5, rtol=1e-5)
+    exactly = 0.0 if DEVICE == "cpu" else 1e-5  # the output projection lies transposed: another kernel on CUDA
+    torch.testing.assert_close(found[:, :40], exact[:, :40], atol=exactly, rtol=exactly)
     assert not torch.allclose(found[:, 40:], exact[:, 40:], atol=1e-6)
     for state in states:
         state.step_units = state.units  # every channel is chosen
