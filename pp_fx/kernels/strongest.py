@@ -1,9 +1,9 @@
 """The MLP of a decode step over each token's strongest channels: `pp_fx::linear_rows` and `pp_fx::strongest`.
 
 On a CPU they are native kernels (`native/kernels.cpp`, compiled at first use), on CUDA, for one token, Triton's: they
-read a channel's weights where they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and where gradients are
-asked for, torch's own products run whole and what is not chosen is masked: the same numbers for the time of the dense
-model.
+read a channel's weights where they lie and only if a token has chosen it. Elsewhere, for more tokens than pay, and
+where gradients are asked for, torch's own products run whole and what is not chosen is masked: the same numbers for the
+time of the dense model.
 """
 
 from __future__ import annotations
