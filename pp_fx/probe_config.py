@@ -37,7 +37,7 @@ class ProbeConfig:
             pick (of even ones, the first): "always", "few" (the authors' rule: only if at most 10 are picked), "never".
         ranking: of positions and samples: "residual", by the norm of the residual (paper); "outlier", the same with
             every feature weighted by what the branch's input projections make of it (after OCP, Ji and Sun, ACL 2026);
-            "even", evenly spaced.
+            "even", evenly spaced over the longest sample.
     """
 
     token_fraction: float = 0.025

@@ -90,7 +90,8 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
     wanted = smaller(length, larger(settings.min_positions, ceil_share(length, settings.token_fraction)))
     first = settings.first_position == "always" or (settings.first_position == "few" and wanted <= 10)
     if energy is None:
-        positions = _evenly(length, wanted, source.device)
+        longest = length if real is None else real.any(0).sum()  # however wide the batch was padded
+        positions = _evenly(longest, wanted, source.device)
         positions = torch.where(positions == positions[0], 0, positions) if first else positions
     else:
         rank = energy.sum(0)
@@ -135,7 +136,7 @@ def too_short(state: GroupState, plan: Plan) -> Tensor:
 
 
 def _evenly(total: Any, count: Any, device: torch.device) -> Tensor:
-    """The middles of `count` equal parts of 0 .. total - 1: int64 [count], ascending and distinct."""
+    """The middles of `count` equal parts of 0 .. total - 1: int64 [count], ascending, distinct if enough."""
     middles: Tensor = (2 * torch.arange(count, device=device) + 1) * total // (2 * count)
     return middles
 

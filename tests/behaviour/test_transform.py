@@ -254,10 +254,10 @@ def test_a_copy_with_other_weights_selects_anew(ids):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("history", ["channel", "position"])
-@pytest.mark.parametrize("attention", ["queries", "rows"])
-def test_padding_on_either_side_changes_nothing(llama, ids, attention, history, calibrated):
+@pytest.mark.parametrize(("attention", "ranking"), [("queries", "residual"), ("rows", "residual"), ("queries", "even")])
+def test_padding_on_either_side_changes_nothing(llama, ids, attention, ranking, history, calibrated):
     """As transformers' test_left_padding_compatibility, and for samples that are padded by unlike amounts."""
-    probe = pp_fx.ProbeConfig(attention=attention, sample_fraction=0.7)
+    probe = pp_fx.ProbeConfig(attention=attention, ranking=ranking, sample_fraction=0.7)
     pp_fx.transform(llama, pp_fx.ProbePruningConfig(**{**PRUNED.to_dict(), "probe": probe, "history": history}))
     if calibrated:
         pp_fx.calibrate(llama, ids, progress=False)

@@ -91,7 +91,7 @@ class Reference:
         """
         batch, length, _ = residual.shape
         if self.s.ranking == "even":
-            return self.spread(batch, length)
+            return self.spread(real, length)
         if self.s.ranking == "outlier":
             residual = residual * sum((w**2).sum(0) for w in readers).sqrt()
         norms = torch.zeros(batch, length)
@@ -113,10 +113,11 @@ class Reference:
         self.note_gap(by_sample[order], samples)
         return torch.tensor(picked), torch.tensor(sorted(order[:samples]))
 
-    def spread(self, batch, length):
-        """Probe positions and samples in the middles of equal parts."""
+    def spread(self, real, length):
+        """Probe positions and samples in the middles of equal parts; positions of the longest sample."""
+        batch, longest = len(real), max(int(real[b, self.begin[b] :].sum()) for b in range(len(real)))
         count = min(length, max(self.s.min_positions, math.ceil(round(self.s.token_fraction * length, 9))))
-        picked = [math.floor((i + 0.5) * length / count) for i in range(count)]
+        picked = [math.floor((i + 0.5) * longest / count) for i in range(count)]
         if self.s.first == "always" or (self.s.first == "few" and count <= 10):
             picked[0] = 0
         samples = min(batch, max(1, math.ceil(round(self.s.sample_fraction * batch, 9))))
