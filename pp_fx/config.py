@@ -19,6 +19,8 @@ from .probe_config import ProbeConfig
 VERSION = 1
 LARGEST_RATIO = 0.95
 """Largest share of a layer that may be dropped."""
+LATE_RATIO = 0.6
+"""What the MLP of each late layer drops where `skip_layers` is left open."""
 HistoryKind = Literal["channel", "position"]
 DecodeMode = Literal["sticky", "dense", "probe", "step", "auto"]
 StepProbe = Literal["int8", "int4"]
@@ -57,7 +59,10 @@ class ProbePruningConfig:
             carry `mlp_ratio * L / (L - skip_layers)`, which must not exceed 0.95. Or a tuple with the ratio of every
             layer, in [0, 0.95] (see `pp_fx.allocate`).
         attention_ratio: share of query heads dropped, likewise. Keys, values and the KV cache stay whole.
-        skip_layers: the first so many layers stay dense where a ratio is one number.
+        skip_layers: the first so many layers stay dense where a ratio is one number: what they change is read by all
+            later layers, and through their keys and values by all later tokens (docs/research/prompt.md). None: of
+            heads 3; of MLPs so many that the others drop 60% each (at `mlp_ratio=0.2` two thirds), at least 3. Half of
+            fewer than 6 layers. A text that is only scored loses less with `skip_layers=3`.
         round_to: kept MLP channels are rounded up to a multiple of it (at most all). Dropped heads are rounded down.
             None: what suits the model's device (`pp_fx.devices`): 16 on a CPU, 64 on CUDA.
         ratio_digits: round the per-layer ratio to so many digits (the authors: 2); None keeps it exact.
@@ -88,9 +93,10 @@ class ProbePruningConfig:
         decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels), "probe"
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
             attention heads stay), "step" (every token of a decode step chooses the MLP's channels for itself, by its
-            own gate; attention heads run whole) or "auto" ("step" for calls of at most `step_tokens` tokens, whose
-            choices have enough in common to save time, else "dense").
-        step_tokens: of decode="auto", all samples together. None: what suits the model's device (`pp_fx.devices`).
+            own gate; attention heads run whole) or "auto" ("step" for batches of at most `step_batch`, whose choices
+            have enough in common to save time, else "dense").
+        step_batch: of decode="auto", in sequences (beams count). None: what suits the model's device
+            (`pp_fx.devices`).
         step_probe: a copy of the gate projection in 8 or 4 bits that ranks the channels of decode="step" in its place
             ("int8", "int4"; then the gate reads the chosen channels alone), or None: the gate ranks, whole. For a CPU;
             an MLP without a gate ranks by all of its inputs in any case.
@@ -113,9 +119,9 @@ class ProbePruningConfig:
         pp_fx.errors.ConfigError: a field has a wrong type or value.
     """
 
-    mlp_ratio: float | tuple[float, ...] = 0.4
+    mlp_ratio: float | tuple[float, ...] = 0.2
     attention_ratio: float | tuple[float, ...] = 0.0
-    skip_layers: int = 3
+    skip_layers: int | None = None
     round_to: int | None = None
     ratio_digits: int | None = None
     probe: ProbeConfig | None = field(default_factory=ProbeConfig)
@@ -135,9 +141,9 @@ class ProbePruningConfig:
     compensation_ridge: float = 0.1
     compensation_min_tokens: int | None = None
     min_select_tokens: int = 32
-    decode: DecodeMode = "sticky"
+    decode: DecodeMode = "auto"
     decode_ratio: float | tuple[float, ...] | None = None
-    step_tokens: int | None = None
+    step_batch: int | None = None
     step_probe: StepProbe | None = None
     reprobe_every: int = 32
     drift_threshold: float | None = None
@@ -149,10 +155,11 @@ class ProbePruningConfig:
     def __post_init__(self) -> None:
         _ratio("mlp_ratio", self.mlp_ratio)
         _ratio("attention_ratio", self.attention_ratio)
-        check_integers(0, ConfigError, skip_layers=self.skip_layers)
-        for name in ("round_to", "ratio_digits", "compensation_min_tokens", "step_tokens"):
+        if self.skip_layers is not None:
+            check_integers(0, ConfigError, skip_layers=self.skip_layers)
+        for name in ("round_to", "ratio_digits", "compensation_min_tokens", "step_batch"):
             if getattr(self, name) is not None:
-                check_integers(0 if name == "step_tokens" else 1, ConfigError, **{name: getattr(self, name)})
+                check_integers(0 if name == "step_batch" else 1, ConfigError, **{name: getattr(self, name)})
         if not isinstance(self.probe, ProbeConfig | None):
             raise ConfigError(f"probe={self.probe!r} is not a ProbeConfig; give pp_fx.ProbeConfig(...) or None")
         _choice("history", self.history, (*get_args(HistoryKind), None))
@@ -230,15 +237,15 @@ class ProbePruningConfig:
 
     @classmethod
     def preset(
-        cls, name: str, mlp_ratio: float = 0.4, attention_ratio: float | None = None, **changes: Any
+        cls, name: str, mlp_ratio: float | None = None, attention_ratio: float | None = None, **changes: Any
     ) -> ProbePruningConfig:
         """The settings of a pruning method, as `pp-fx --preset` takes them.
 
         Args:
             name: of `pp_fx.methods.METHODS`: "default", "wanda_sp", "flap", ..; "paper" is `paper()`, with its heads
                 and its `round_to`, which `METHODS["paper"].config()` leaves alone for comparisons.
-            mlp_ratio: as above. A method with a planner (flap) spreads it over the layers where it plans
-                (`pp_fx.compare`); as it stands here all layers share it.
+            mlp_ratio: as above; None: 0.2, of "paper" 0.4. A method with a planner (flap) spreads it over the layers
+                where it plans (`pp_fx.compare`); as it stands here all layers share it.
             attention_ratio: as above; None: 0, of "paper" as `mlp_ratio`.
             **changes: any other field.
 
@@ -247,7 +254,7 @@ class ProbePruningConfig:
         """
         _choice("preset", name, METHODS)
         if name == "paper":
-            return cls.paper(mlp_ratio, attention_ratio, **changes)
+            return cls.paper(0.4 if mlp_ratio is None else mlp_ratio, attention_ratio, **changes)
         made: ProbePruningConfig = METHODS[name].config(mlp_ratio, attention_ratio or 0.0, **changes)
         return made
 
@@ -271,19 +278,22 @@ class ProbePruningConfig:
             return list(ratio)
         if ratio == 0 or name == "decode_ratio":
             return [float(ratio)] * layers
-        if self.skip_layers >= layers:
-            raise ConfigError(
-                f"skip_layers={self.skip_layers} leaves nothing to prune in a model of {layers} layers; lower it"
-            )
-        carried = ratio * layers / (layers - self.skip_layers)
+        skip = self.skip_layers
+        if skip is None:
+            skip = min(3, layers // 2)
+            if name == "mlp_ratio":
+                skip = max(skip, min(math.floor(layers * (1 - ratio / LATE_RATIO) + 1e-9), 2 * layers // 3))
+        if skip >= layers:
+            raise ConfigError(f"skip_layers={skip} leaves nothing to prune in a model of {layers} layers; lower it")
+        carried = ratio * layers / (layers - skip)
         if self.ratio_digits is not None:
             carried = round(carried, self.ratio_digits)
         if carried > LARGEST_RATIO:
             raise ConfigError(
-                f"{name}={ratio} with skip_layers={self.skip_layers} drops {carried:.2f} of each of the other "
-                f"{layers - self.skip_layers} layers, more than {LARGEST_RATIO}; lower {name} or skip_layers"
+                f"{name}={ratio} with skip_layers={skip} drops {carried:.2f} of each of the other "
+                f"{layers - skip} layers, more than {LARGEST_RATIO}; lower {name} or skip_layers"
             )
-        return [0.0] * self.skip_layers + [carried] * (layers - self.skip_layers)
+        return [0.0] * skip + [carried] * (layers - skip)
 
     def on(self, device: str) -> ProbePruningConfig:
         """The configuration with a value for everything that it leaves to the device.

@@ -5,7 +5,7 @@
 - `compensation_min_tokens`: from so many tokens on "least_squares" takes less than about 2% of a block's time. Its
   solve does not shrink with the batch, and the faster the device multiplies, the more tokens that takes
   (docs/research/speed.md for a CPU, docs/research/gpu.md).
-- `step_tokens`: up to so many tokens of a decode step leave out so many of the same channels that reading what they
+- `step_batch`: up to so many sequences of a decode step leave out so many of the same channels that reading what they
   choose is faster than reading everything (docs/research/step.md). None yet on CUDA, where the choice takes as long as
   the bytes it saves (docs/research/gpu.md).
 """
@@ -20,11 +20,11 @@ class Defaults(NamedTuple):
 
     round_to: int
     compensation_min_tokens: int
-    step_tokens: int
+    step_batch: int
 
 
-CPU = Defaults(round_to=16, compensation_min_tokens=2048, step_tokens=4)
-CUDA = Defaults(round_to=64, compensation_min_tokens=49152, step_tokens=0)
+CPU = Defaults(round_to=16, compensation_min_tokens=2048, step_batch=4)
+CUDA = Defaults(round_to=64, compensation_min_tokens=49152, step_batch=0)
 
 
 def defaults(kind: str) -> Defaults:

@@ -43,9 +43,9 @@ class ProbeConfig:
     token_fraction: float = 0.025
     sample_fraction: float = 1.0
     min_positions: int = 2
-    first_position: FirstPosition = "always"
+    first_position: FirstPosition = "never"
     attention: ProbeAttention = "queries"
-    ranking: Ranking = "residual"
+    ranking: Ranking = "even"
 
     def __post_init__(self) -> None:
         for name in ("token_fraction", "sample_fraction"):

@@ -26,11 +26,14 @@ Json = Annotated[str | None, typer.Option("--json", help="Write the result as JS
 Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Batch = Annotated[int, typer.Option(help="Sequences per forward pass; one selection is made per batch.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels dropped; of the preset: 0.4.")]
+MlpRatio = Annotated[float | None, typer.Option(help="Share of MLP channels dropped; default: 0.2, preset paper: 0.4.")]
 AttentionRatio = Annotated[
     float | None, typer.Option(help="Share of query heads dropped; default preset: 0, paper: as --mlp-ratio.")
 ]
-SkipLayers = Annotated[int | None, typer.Option(help="The first so many layers stay dense; of the preset: 3.")]
+SkipLayers = Annotated[
+    int | None,
+    typer.Option(help="The first so many layers stay dense; default: late layers alone are pruned; other presets: 3."),
+]
 PRESETS = [name for name, method in METHODS.items() if method.planner is None]
 """Methods whose ratios are as they were asked for; one with a planner spreads them (`pp-fx compare`)."""
 Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; paper: the authors' settings, attention heads too.")]

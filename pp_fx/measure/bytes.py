@@ -37,7 +37,7 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
     dense, pruned = 0, 0.0
     settings = settings_of(model)
     sticky = settings.decode != "dense" and not settings.steps
-    few = settings.decode == "step" or batch <= (settings.step_tokens or 0)
+    few = settings.decode == "step" or batch <= (settings.step_batch or 0)
     for layer in layers_of(model):
         sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
         dense += sum(sizes.values())

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics, column_sum
 
 
@@ -26,6 +26,7 @@ flap = Method(
     "fluctuation, one threshold for all layers, bias compensation, chosen at calibration",
     "https://arxiv.org/abs/2312.11983",
     {
+        **PUBLISHED,
         "probe": None,
         "score": "flap",
         "attention_score": None,

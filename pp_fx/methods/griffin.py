@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics
 
 
@@ -27,6 +27,7 @@ griffin = Method(
     "relative activations of the whole prompt; it costs the whole input projections",
     "https://arxiv.org/abs/2404.01365",
     {
+        **PUBLISHED,
         "probe": {"token_fraction": 1.0, "sample_fraction": 1.0},
         "history": None,
         "score": "griffin",

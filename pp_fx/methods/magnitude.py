@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics, column_sum
 
 
@@ -26,6 +26,7 @@ magnitude = Method(
     "norm of the output projection's columns",
     "https://arxiv.org/abs/1506.02626",
     {
+        **PUBLISHED,
         "probe": None,
         "score": "magnitude",
         "attention_score": None,

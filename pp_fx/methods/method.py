@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 Planner = Literal["one_threshold"]
+PUBLISHED: dict[str, Any] = {"skip_layers": 3, "decode": "sticky"}
+"""What the published methods have in common, as Probe Pruning's authors run them: three dense layers, one selection."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Method:
     configure: ClassVar[Callable[[dict[str, Any]], Any]]
     """ProbePruningConfig.from_dict; `pp_fx.config`, which stands on this module, puts it here."""
 
-    def config(self, mlp_ratio: float = 0.4, attention_ratio: float = 0.0, **changes: Any) -> Any:
+    def config(self, mlp_ratio: float | None = None, attention_ratio: float = 0.0, **changes: Any) -> Any:
         """The method's configuration.
 
         Args:
-            mlp_ratio, attention_ratio: as in ProbePruningConfig.
+            mlp_ratio, attention_ratio: as in ProbePruningConfig; None: its default.
             **changes: any other field.
 
         Returns:
@@ -47,5 +49,5 @@ class Method:
         Raises:
             ConfigError: a field is unknown or invalid.
         """
-        ratios = {"mlp_ratio": mlp_ratio, "attention_ratio": attention_ratio}
+        ratios = {"attention_ratio": attention_ratio, **({} if mlp_ratio is None else {"mlp_ratio": mlp_ratio})}
         return Method.configure({**self.settings, **ratios, **changes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics, column_sum
 
 
@@ -27,12 +27,17 @@ def _units(given: Statistics) -> Tensor:
 
 SCORES["ppsp"] = Score(_column, _units)
 _PAPER = "https://arxiv.org/abs/2502.15618"
-default = Method("default", "probe of all samples, history per channel, least-squares compensation", _PAPER)
+default = Method(
+    "default",
+    "evenly spaced probe, history per channel, least-squares compensation, every decoded token for itself",
+    _PAPER,
+)
 paper = Method(
     "paper",
     "the authors' settings (section 4, and their published code)",
     _PAPER,
     {
+        **PUBLISHED,
         "ratio_digits": 2,
         "probe": {
             "token_fraction": 0.5,
@@ -40,6 +45,7 @@ paper = Method(
             "min_positions": 2,
             "first_position": "few",
             "attention": "rows",
+            "ranking": "residual",
         },
         "history": "position",
         "fusion_epsilon": 1e-6,
@@ -53,6 +59,7 @@ full_batch = Method(
     "every row is its own probe (the paper's upper reference; it costs the whole input projections)",
     _PAPER,
     {
+        **PUBLISHED,
         "probe": {"token_fraction": 1.0, "sample_fraction": 1.0},
         "history": None,
         "mlp_compensation": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics
 
 
@@ -27,6 +27,7 @@ random = Method(
     "a fixed random choice",
     "https://arxiv.org/abs/2502.15618",
     {
+        **PUBLISHED,
         "probe": None,
         "score": "random",
         "attention_score": None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .method import Method
+from .method import PUBLISHED, Method
 from .score import SCORES, Score, Statistics, column_sum
 
 
@@ -27,6 +27,7 @@ wanda_sp = Method(
     "weight times activation norm, chosen at calibration",
     "https://arxiv.org/abs/2312.11983",
     {
+        **PUBLISHED,
         "probe": None,
         "score": "wanda_sp",
         "attention_score": None,

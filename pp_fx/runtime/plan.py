@@ -82,7 +82,7 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
     on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense, and with
-    decode="step" (or "auto", for few tokens), which keeps no selection, their tokens choose for themselves. Calls
+    decode="step" (or "auto", for small batches), which keeps no selection, their tokens choose for themselves. Calls
     that the guard finds too small select nothing: they reuse a selection, or run dense where there is none.
     """
     shape, settings = (hidden_states.shape[0], hidden_states.shape[1]), layer.settings
@@ -95,7 +95,7 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
     if settings.steps and shape[1] < settings.min_select_tokens:
-        few = settings.decode == "step" or exported or shape[0] * shape[1] <= (settings.step_tokens or 0)
+        few = settings.decode == "step" or exported or shape[0] <= (settings.step_batch or 0)
         return Plan(shape, settings, False, False, cache, {}, exports=exported, steps=few)
     selections = selections_on(cache)
     keeps = selections is not None and selections.given and not exported

@@ -48,6 +48,7 @@ def configs(draw):
         compensation_min_tokens=draw(st.sampled_from([1, 64])),
         compensation_rank=draw(st.sampled_from([4, 64])),
         min_select_tokens=draw(st.sampled_from([2, 32])),
+        decode="sticky",
     )
 
 

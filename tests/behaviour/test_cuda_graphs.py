@@ -17,7 +17,14 @@ from pp_fx.runtime.cuda_graphs import compiles_cuda_graphs
 from tests.helpers.models import tiny_llama
 from tests.helpers.overwriting import begin, overwriting
 
-SETTINGS = {"mlp_ratio": 0.4, "attention_ratio": 0.25, "skip_layers": 1, "round_to": 1, "freeze_history": True}
+SETTINGS = {
+    "mlp_ratio": 0.4,
+    "attention_ratio": 0.25,
+    "skip_layers": 1,
+    "round_to": 1,
+    "freeze_history": True,
+    "decode": "sticky",
+}
 CONFIGS = {
     "sticky": {},
     "least squares": {"compensation_min_tokens": 1},

@@ -16,6 +16,7 @@ from tests.helpers.models import tiny_llama
 from tests.helpers.reference_for import reference_for
 
 PRUNED = {"mlp_ratio": 0.4, "attention_ratio": 0.4, "skip_layers": 1, "round_to": 1}
+KEPT = {**PRUNED, "decode": "sticky"}
 
 
 @st.composite
@@ -106,7 +107,14 @@ def test_the_drift_guard_takes_a_selection_only_below_its_threshold(ids):
     tokens = torch.cat([ids, ids.flip(1)[:, :8]], 1)
 
     def run(**changes):
-        settings = {"mlp_ratio": 0.4, "skip_layers": 0, "round_to": 1, "reprobe_every": 4, **changes}
+        settings = {
+            "mlp_ratio": 0.4,
+            "skip_layers": 0,
+            "round_to": 1,
+            "decode": "sticky",
+            "reprobe_every": 4,
+            **changes,
+        }
         model = pp_fx.transform(tiny_llama(layers=2), pp_fx.ProbePruningConfig(**settings))
         cache = make("dynamic", model)
         logits = [call(model, ids, cache)]
@@ -133,7 +141,7 @@ def test_the_drift_guard_takes_a_selection_only_below_its_threshold(ids):
 def test_reprobing_compiles_without_breaks_and_equals_eager(llama, ids, changes):
     from torch._dynamo.utils import counters
 
-    pp_fx.transform(llama, pp_fx.ProbePruningConfig(**PRUNED, reprobe_every=3, **changes))
+    pp_fx.transform(llama, pp_fx.ProbePruningConfig(**{**KEPT, "reprobe_every": 3, **changes}))
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
@@ -166,7 +174,7 @@ def test_a_batch_of_another_size_starts_the_window_anew(llama, ids):
 
 @pytest.mark.parametrize("history", ["channel", "position"])
 def test_short_prompts_are_decided_by_the_history_after_calibration(llama, ids, history):
-    config = pp_fx.ProbePruningConfig(**PRUNED, history=history, history_length=40)
+    config = pp_fx.ProbePruningConfig(**KEPT, history=history, history_length=40)
     pp_fx.transform(llama, config)
     pp_fx.calibrate(llama, ids, progress=False)
     state = llama.model.layers[2].pp_mlp
@@ -183,7 +191,7 @@ def test_short_prompts_are_decided_by_the_history_after_calibration(llama, ids, 
 
 
 def test_short_prompts_are_probed_without_calibration(llama, ids):
-    pp_fx.transform(llama, pp_fx.ProbePruningConfig(**PRUNED))
+    pp_fx.transform(llama, pp_fx.ProbePruningConfig(**KEPT))
     selections = []
     for prompt in (ids[:, :8], ids.flip(0).flip(1)[:, :8]):
         cache = make("dynamic", llama)

@@ -27,7 +27,9 @@ FAMILIES = ("Llama", "Phi3", "Falcon")  # separate and fused projections, and an
 
 
 def pruned(family, changes):
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.3, skip_layers=0, round_to=1, **changes)
+    config = pp_fx.ProbePruningConfig(
+        mlp_ratio=0.4, attention_ratio=0.3, skip_layers=0, round_to=1, **{"decode": "sticky", **changes}
+    )
     return transformed(build(family), config)
 
 

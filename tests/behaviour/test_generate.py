@@ -19,7 +19,7 @@ from tests.helpers.device import to_device
 from tests.helpers.models import tiny_llama
 
 DENSE = pp_fx.ProbePruningConfig(mlp_ratio=0.0)
-PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
+PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, decode="sticky")
 
 
 class StopAfter(StoppingCriteria):

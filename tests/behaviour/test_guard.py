@@ -15,7 +15,9 @@ from pp_fx.rewrite import break_even as guard
 from pp_fx.runtime.state import states_of
 from tests.helpers.models import tiny_llama
 
-CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, guard=True)
+CONFIG = pp_fx.ProbePruningConfig(
+    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, decode="sticky", guard=True
+)
 
 
 @pytest.fixture

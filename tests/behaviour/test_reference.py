@@ -35,6 +35,7 @@ def cases(draw):
         attention_compensation=draw(st.sampled_from(["mean", "least_squares", None])),
         compensation_rows=draw(st.sampled_from([7, 256])),
         compensation_min_tokens=draw(st.sampled_from([1, 80])),
+        decode="sticky",
     )
     mask = torch.ones(batch, length, dtype=torch.long)
     side = draw(st.sampled_from(["none", "left", "right"]))

@@ -115,13 +115,15 @@ def test_a_short_prompt_chooses_too():
     torch.testing.assert_close(run(model, [1, 2], prompt=7), run(expected, [1, 2], prompt=7), atol=2e-4, rtol=1e-4)
 
 
-def test_auto_steps_for_few_tokens_and_is_dense_for_many():
+def test_auto_steps_in_small_batches_and_is_dense_in_large_ones():
+    """However the tokens are cut into calls, as assisted decoding does."""
     by_step, dense = pp_fx.transform(tiny_llama(), config()), tiny_llama()
-    model = pp_fx.transform(tiny_llama(), config(decode="auto", step_tokens=2))
-    torch.testing.assert_close(run(model, [1, 1]), run(by_step, [1, 1]))
-    torch.testing.assert_close(run(model, [2, 3]), run(dense, [2, 3]), atol=1e-5, rtol=1e-5)
-    assert pp_fx.ProbePruningConfig(decode="auto").on("cpu").step_tokens == 4
-    assert pp_fx.ProbePruningConfig(decode="auto").on("cuda").step_tokens == 0
+    small = pp_fx.transform(tiny_llama(), config(decode="auto", step_batch=2))
+    large = pp_fx.transform(tiny_llama(), config(decode="auto", step_batch=1))
+    torch.testing.assert_close(run(small, [1, 5]), run(by_step, [1, 5]))
+    torch.testing.assert_close(run(large, [1, 5]), run(dense, [1, 5]), atol=1e-5, rtol=1e-5)
+    assert pp_fx.ProbePruningConfig(decode="auto").on("cpu").step_batch == 4
+    assert pp_fx.ProbePruningConfig(decode="auto").on("cuda").step_batch == 0
 
 
 def test_more_tokens_than_the_kernels_take_give_the_same(monkeypatch):
@@ -203,7 +205,7 @@ def _ranked(mlp, copied):
 
 def test_a_copy_that_cannot_rank_is_refused():
     with pytest.raises(ConfigError, match="step_probe='int4' has no meaning with decode='sticky'"):
-        pp_fx.ProbePruningConfig(step_probe="int4")
+        pp_fx.ProbePruningConfig(decode="sticky", step_probe="int4")
     with pytest.raises(ConfigError, match="step_probe='int2'"):
         pp_fx.ProbePruningConfig(decode="step", step_probe="int2")
 
@@ -257,7 +259,7 @@ def test_an_mlp_that_cannot_step_is_named():
 
 def test_a_ratio_without_steps_is_refused():
     with pytest.raises(ConfigError, match=r"decode_ratio=0\.3 has no meaning with decode='sticky'"):
-        pp_fx.ProbePruningConfig(decode_ratio=0.3)
+        pp_fx.ProbePruningConfig(decode="sticky", decode_ratio=0.3)
     with pytest.raises(ConfigError, match="decode_ratio=2"):
         pp_fx.ProbePruningConfig(decode="step", decode_ratio=2)
     with pytest.raises(ConfigError, match="decode_ratio names 2 layers, the model has 3"):

@@ -15,7 +15,7 @@ from tests.helpers.families import build
 from tests.helpers.models import tiny_llama
 from tests.helpers.zeroed import transformed
 
-PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1)
+PRUNED = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, decode="sticky")
 DENSE = pp_fx.ProbePruningConfig(mlp_ratio=0.0, attention_ratio=0.0)
 
 
@@ -201,7 +201,7 @@ def test_bad_states_are_refused_with_the_remedy(llama):
     with pytest.raises(errors.StateError, match=r"pp_fx\.transform"):
         pp_fx.restore(llama)
     with pytest.raises(errors.ConfigError, match="skip_layers=3"):
-        pp_fx.transform(llama)  # three layers, all of them skipped
+        pp_fx.transform(llama, pp_fx.ProbePruningConfig(skip_layers=3))  # of three
     with pytest.raises(errors.ConfigError, match="'fast'"):
         pp_fx.transform(llama, "fast")
     pp_fx.transform(llama, PRUNED)

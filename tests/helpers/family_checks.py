@@ -73,6 +73,7 @@ def selects_like_the_paper(name):
         history=None,
         attention_score=None,
         compensation_min_tokens=32,
+        decode="sticky",
         probe=pp_fx.ProbeConfig(token_fraction=1.0),
     )
     original, ids = build(name), some_ids(20)  # shorter than any sliding window

@@ -8,7 +8,7 @@ import pp_fx
 from .device import to_device
 
 EXPORTED = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100
+    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100, decode="sticky"
 )
 
 

@@ -16,6 +16,7 @@ PRUNED = pp_fx.ProbePruningConfig(
     skip_layers=1,
     round_to=1,
     compensation_min_tokens=64,
+    decode="sticky",
 )
 
 

@@ -14,7 +14,14 @@ from pp_fx.runtime.state import states_of
 from tests.helpers.models import tiny_llama
 
 pytestmark = pytest.mark.gpu
-SETTINGS = {"mlp_ratio": 0.4, "attention_ratio": 0.25, "skip_layers": 1, "round_to": 8, "freeze_history": True}
+SETTINGS = {
+    "mlp_ratio": 0.4,
+    "attention_ratio": 0.25,
+    "skip_layers": 1,
+    "round_to": 8,
+    "freeze_history": True,
+    "decode": "sticky",
+}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Of the largest logit, the mean difference: in half precision two units that lie close change places."""
 MODES = ["default", "reduce-overhead", "max-autotune"]

@@ -66,10 +66,23 @@ def test_bad_values_of_the_probe_name_field_and_value(field, value):
 
 
 def test_layer_ratio_is_the_mean_over_all_layers():
-    assert ProbePruningConfig(mlp_ratio=0.4).layer_ratios("mlp_ratio", 30)[3:] == pytest.approx([0.4 * 30 / 27] * 27)
+    ratios = ProbePruningConfig(mlp_ratio=0.4, skip_layers=3).layer_ratios("mlp_ratio", 30)
+    assert ratios == pytest.approx([0.0] * 3 + [0.4 * 30 / 27] * 27)
     assert ProbePruningConfig.paper(0.4).layer_ratios("mlp_ratio", 30) == [0.0] * 3 + [0.44] * 27
     with pytest.raises(ConfigError, match=r"0\.95"):
         ProbePruningConfig(mlp_ratio=0.9).layer_ratios("mlp_ratio", 12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "layers", "skipped"),
+    [(0.1, 30, 20), (0.2, 30, 20), (0.3, 24, 12), (0.4, 30, 10), (0.5, 30, 5), (0.6, 30, 3), (0.4, 3, 1), (0.2, 2, 1)],
+)
+def test_layers_that_are_skipped_where_the_configuration_leaves_it_open(ratio, layers, skipped):
+    """As many as let the others drop 60%; two thirds at most, but 3 of 6 and more; of heads 3."""
+    config = ProbePruningConfig(mlp_ratio=ratio, attention_ratio=0.1)
+    carried = ratio * layers / (layers - skipped)
+    assert config.layer_ratios("mlp_ratio", layers) == pytest.approx([0.0] * skipped + [carried] * (layers - skipped))
+    assert config.layer_ratios("attention_ratio", layers).count(0.0) == min(3, layers // 2)
 
 
 @pytest.mark.parametrize(("length", "positions"), [(1, 1), (3, 2), (64, 2), (81, 3), (512, 13), (1000, 25), (1001, 26)])
