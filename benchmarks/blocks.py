@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import bars, write_json
+from report import STICKY, bars, write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -43,7 +43,7 @@ def measure(name: str, phase: str, batch: int, length: int, repeats: int) -> dic
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.set_attn_implementation("sdpa")
     ids = torch.randint(5, 1000, (batch, length))
-    settings = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=0)
+    settings = pp_fx.ProbePruningConfig.from_dict({**STICKY, "mlp_ratio": 0.4, "skip_layers": 0})
     # transformers' OPT does not compile with a StaticCache and without a mask
     compiled = phase == "prefill" or config.model_type != "opt"
     return bench(model, ids, settings, phase=phase, compiled=compiled, repeats=repeats, new_tokens=32)

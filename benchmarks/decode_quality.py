@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from report import bars, write_json
+from report import STICKY, bars, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -25,17 +26,21 @@ PROMPT, SAME, CHANGED = 256, 64, 192
 
 
 def variants() -> dict[str, pp_fx.ProbePruningConfig]:
-    config, paper = pp_fx.ProbePruningConfig, pp_fx.ProbePruningConfig.paper
-    thresholds = {f"default 40%, drift threshold {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
+    paper = pp_fx.ProbePruningConfig.paper
+
+    def config(**changes: Any) -> pp_fx.ProbePruningConfig:
+        return pp_fx.ProbePruningConfig.from_dict({**STICKY, "mlp_ratio": 0.4, **changes})
+
+    thresholds = {f"sticky 40%, drift threshold {t}": config(drift_threshold=t) for t in (0.6, 0.7, 0.8, 0.9)}
     return {
         "paper 20%": paper(0.2, 0.0, round_to=1),
         "paper 40%": paper(0.4, 0.0, round_to=1),
-        "default 20%": config(mlp_ratio=0.2),
-        "default 40%": config(),
+        "sticky 20%": config(mlp_ratio=0.2),
+        "sticky 40%": config(),
         **thresholds,
-        "default 40%, decode=probe": config(decode="probe"),
-        "default 40%, decode=probe, every token": config(decode="probe", reprobe_every=1),
-        "default 40%, decode=dense": config(decode="dense"),
+        "sticky 40%, decode=probe": config(decode="probe"),
+        "sticky 40%, decode=probe, every token": config(decode="probe", reprobe_every=1),
+        "sticky 40%, decode=dense": config(decode="dense"),
     }
 
 
@@ -66,7 +71,7 @@ def main() -> None:
             with pp_fx.history_frozen(model):
                 found = evaluate_decoding(model, prompts, text, progress=f"{label}, {name}")
             row = {"ppl": found.ppl, "nll": found.nll, "stderr_vs_dense": found.stderr_vs(dense[name])}
-            if label == "default 40%":
+            if label == "sticky 40%":
                 sticky[name] = found
             if name in sticky:
                 row |= {
@@ -83,7 +88,7 @@ def main() -> None:
         cells = []
         for row in rows.values():
             extra = ""
-            if "nll_vs_sticky" in row and label != "default 40%":
+            if "nll_vs_sticky" in row and label != "sticky 40%":
                 extra = f" ({row['nll_vs_sticky']:+.3f} ± {row['stderr_vs_sticky']:.3f})"
             cells.append(f"{row['ppl']:.2f}{extra}")
         table.add_row(label, *cells)

@@ -27,6 +27,7 @@ from typing import Any
 import checkout  # noqa: F401
 import torch
 import transformers
+from report import STICKY
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
@@ -48,7 +49,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "no compensation": {"mlp_compensation": None},
     "mean": {"mlp_compensation": "mean"},
     "least squares": {"compensation_min_tokens": 1},
-    "default": {},
+    "sticky": {},
     "MLP and heads": {"attention_ratio": 0.4},
     "by step": {"decode": "step"},
     "by step, 50%": {"decode": "step", "decode_ratio": 0.5},
@@ -65,7 +66,7 @@ class Row:
     batch: int
     length: int
     layers: int
-    sides: tuple[str, ...] = ("default",)
+    sides: tuple[str, ...] = ("sticky",)
     graphs: bool = False
 
     @property
@@ -75,18 +76,18 @@ class Row:
 
 ALL = tuple(SIDES)
 ROWS = (
-    Row("Llama-2-7B", "decode", 1, 512, 16, ("default", "MLP and heads"), True),
-    Row("Llama-2-7B", "prefill", 20, 1024, 2, ("no compensation", "default", "least squares", "MLP and heads")),
+    Row("Llama-2-7B", "decode", 1, 512, 16, ("sticky", "MLP and heads"), True),
+    Row("Llama-2-7B", "prefill", 20, 1024, 2, ("no compensation", "sticky", "least squares", "MLP and heads")),
     Row("Llama-2-7B", "decode", 32, 512, 16, graphs=True),
-    Row("Llama-3-8B", "decode", 1, 512, 8, ("default", "by step", "by step, 50%"), True),
-    Row("Llama-3-70B", "decode", 1, 512, 3, ("default", "by step", "by step, 50%"), True),
+    Row("Llama-3-8B", "decode", 1, 512, 8, ("sticky", "by step", "by step, 50%"), True),
+    Row("Llama-3-70B", "decode", 1, 512, 3, ("sticky", "by step", "by step, 50%"), True),
     Row("Llama-2-7B", "prefill", 1, 2048, 2),
     Row("Llama-2-7B", "prefill", 1, 512, 2),
     Row("Llama-2-7B", "prefill", 4, 512, 2),
-    Row("Llama-3-8B", "decode", 4, 512, 8, ("default", "by step"), True),
-    Row("Llama-3-8B", "decode", 8, 512, 8, ("default", "by step"), True),
+    Row("Llama-3-8B", "decode", 4, 512, 8, ("sticky", "by step"), True),
+    Row("Llama-3-8B", "decode", 8, 512, 8, ("sticky", "by step"), True),
     Row("Llama-2-7B", "prefill", 1, 512, 2, graphs=True),
-    Row("Llama-3-8B", "prefill", 20, 1024, 2, ("default",)),
+    Row("Llama-3-8B", "prefill", 20, 1024, 2, ("sticky",)),
     Row("Llama-2-7B", "decode", 8, 512, 16),
     Row("Llama-2-7B", "prefill", 20, 1024, 2, graphs=True),
     Row("Llama-3-8B", "decode", 32, 512, 16, graphs=True),
@@ -95,7 +96,7 @@ ROWS = (
 QUICK = (Row("Llama-2-7B", "prefill", 20, 1024, 2), Row("Llama-2-7B", "decode", 1, 512, 8, graphs=True))
 TINY = (
     Row("tiny", "prefill", 2, 64, 2, ALL),
-    Row("tiny", "decode", 2, 32, 2, ("default", "MLP and heads", "by step"), True),
+    Row("tiny", "decode", 2, 32, 2, ("sticky", "MLP and heads", "by step"), True),
 )
 
 
@@ -151,8 +152,8 @@ def dense_model(row: Row, device: torch.device) -> Any:
 
 def pruned_model(dense: Any, changes: dict[str, Any], ids: torch.Tensor) -> Any:
     """Calibrated on the row's own tokens, history frozen: every turn does the same."""
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=0, freeze_history=True, **changes)
-    model = pp_fx.transform(copy.deepcopy(dense), config)
+    settings = {**STICKY, "mlp_ratio": 0.4, "skip_layers": 0, "freeze_history": True, **changes}
+    model = pp_fx.transform(copy.deepcopy(dense), settings)
     return pp_fx.calibrate(model, ids[:2, :512], progress=False)
 
 
@@ -188,7 +189,7 @@ def measure(row: Row, device: torch.device, repeats: int, backend: str) -> tuple
         for name, model in models.items():
             found = ideal_decode(dense, model, ids, steps) if decodes else ideal_prefill(dense, model, ids)
             ideals[name] = found["blocks"].get("ideal_with_probe", found["blocks"]["ideal"])
-        static = static_copies(dense, models["default"], ids) if "default" in models else None
+        static = static_copies(dense, models["sticky"], ids) if "sticky" in models else None
         sides = {"dense": dense, **({} if static is None else {"static": static.cut}), **models}
         del static
         began = time.perf_counter()

@@ -60,7 +60,7 @@ def main() -> None:
     del model  # the other processes measure alone
     shapes = [{**shape, "mlp_ratio": ratio} for ratio in RATIOS for shape in SHAPES]
     for shape in track(shapes, "time", console=Console(stderr=True)):
-        found["results"].append(run(MODEL, shape))
+        found["results"].append(run(MODEL, shape, {}))
         write_json(options.out.with_suffix(".json"), found)
 
 

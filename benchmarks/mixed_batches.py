@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from report import bars, write_json
+from report import STICKY, bars, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +34,7 @@ def main() -> None:
     second = sequences(read(PYTHON_DOCS), tokenizer, 10, 512, skip=100)
     ids = torch.cat([first, second])
     dense = evaluate(model, ids, 20, progress="dense")
-    pp_fx.transform(model)
+    pp_fx.transform(model, {**STICKY, "mlp_ratio": 0.4})
     pp_fx.calibrate(model, sequences(read(options.calibration), tokenizer, 64, 512))
     with pp_fx.history_frozen(model):
         found = {label: evaluate(model, ids, size, progress=label) for label, size in GROUPS.items()}

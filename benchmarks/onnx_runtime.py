@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from report import bars, write_json
+from report import STICKY, bars, write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -143,7 +143,7 @@ def main() -> None:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(folder / "hf")]
         where = ["-o", str(folder / "genai"), "-p", "fp32", "-e", "cpu"]
         subprocess.run([*builder, *where], check=True, capture_output=True)
-        config = pp_fx.ProbePruningConfig(mlp_ratio=0.4)
+        config = pp_fx.ProbePruningConfig.from_dict({**STICKY, "mlp_ratio": 0.4})
         pp_fx.transform(model, config)
         text = pp_fx.text.sequences(pp_fx.text.read(pp_fx.text.PYTHON_DOCS), tokenizer, 16, 512)
         pp_fx.calibrate(model, text)

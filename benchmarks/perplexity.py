@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import bars, processor, write_json
+from report import STICKY, bars, processor, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -25,14 +25,21 @@ from pp_fx.macs import count_macs
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
+
+def sticky(mlp_ratio: float, attention_ratio: float = 0.0) -> pp_fx.ProbePruningConfig:
+    """Three layers dense, the probe's rows by the residual's norm."""
+    ratios = {"mlp_ratio": mlp_ratio, "attention_ratio": attention_ratio}
+    return pp_fx.ProbePruningConfig.from_dict({**STICKY, **ratios})
+
+
 CONFIGS = {
-    "default, MLP 20%": pp_fx.ProbePruningConfig(mlp_ratio=0.2),
-    "default, MLP 40%": pp_fx.ProbePruningConfig(),
-    "default, MLP 41.5% (total MACs of the next row)": pp_fx.ProbePruningConfig(mlp_ratio=0.415),
+    "sticky, MLP 20%": sticky(0.2),
+    "sticky, MLP 40%": sticky(0.4),
+    "sticky, MLP 41.5% (total MACs of the next row)": sticky(0.415),
     "paper preset, MLP 40%": pp_fx.ProbePruningConfig.paper(0.4, 0.0, round_to=1),
-    "default, MLP 48.5% (total MACs of the next row)": pp_fx.ProbePruningConfig(mlp_ratio=0.485),
+    "sticky, MLP 48.5% (total MACs of the next row)": sticky(0.485),
     "paper preset, MLP and attention 40%": pp_fx.ProbePruningConfig.paper(0.4, round_to=1),
-    "default, 3 of 9 heads": pp_fx.ProbePruningConfig(mlp_ratio=0.0, attention_ratio=0.37),
+    "sticky, 3 of 9 heads": sticky(0.0, 0.37),
     "paper preset, 3 of 9 heads": pp_fx.ProbePruningConfig.paper(0.0, 0.37),
 }
 FRESH = tuple(CONFIGS)[1:2] + tuple(CONFIGS)[3:6]

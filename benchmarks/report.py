@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, JSON, a plot of bars."""
+"""What the benchmarks share: a configuration, the machine's name, JSON, a plot of bars."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pp_fx.requirements import versions
+
+STICKY: dict[str, Any] = {
+    "skip_layers": 3,
+    "decode": "sticky",
+    "probe": {"ranking": "residual", "first_position": "always"},
+}
+"""One selection for a generation, in all layers but the first three: what the tables call sticky."""
 
 
 def processor() -> str:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from report import bars, processor, write_json
+from report import STICKY, bars, processor, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -49,17 +49,17 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def run(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """`pp-fx bench` in a process of its own; a shape's keys are its options."""
+def run(model: str, given: dict[str, Any], config: dict[str, Any] = STICKY) -> dict[str, Any]:
+    """`pp-fx bench` in a process of its own; a shape's keys are its options, over MLP 40% of a configuration."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         options = ["--json", str(out)]
         shape = {"compile": True, **given}
-        if not shape.pop("compensation", True):  # no option of the command: a configuration of its own
-            settings = {"mlp_compensation": None, "attention_compensation": None}
-            config = ProbePruningConfig(0.4, shape.pop("attention_ratio", 0.0), **settings)
-            shape["config"] = Path(folder, "config.json")
-            shape["config"].write_text(config.to_json(), encoding="utf-8")
+        settings = {"mlp_ratio": 0.4, **config}
+        if not shape.pop("compensation", True):  # no option of the command
+            settings |= {"mlp_compensation": None, "attention_compensation": None}
+        shape["config"] = Path(folder, "config.json")
+        shape["config"].write_text(ProbePruningConfig.from_dict(settings).to_json(), encoding="utf-8")
         for key, value in shape.items():
             name = "--" + key.replace("_", "-")
             if value is not False:

@@ -26,8 +26,18 @@ def test_gpu_py_measures_every_side_and_writes_as_it_goes(tmp_path):
     assert found["left_out"] == [], shown
     assert [r["name"] for r in found["rows"]] == ["tiny prefill 2 x 64", "tiny decode 2 x 32, CUDA graphs"]
     prefill, decode = (r["sides"] for r in found["rows"])
-    assert {"dense", "static", "no compensation", "mean", "least squares", "default", "MLP and heads"} == set(prefill)
-    assert {"dense", "static", "default", "MLP and heads"} == set(decode)
+    assert {
+        "dense",
+        "static",
+        "no compensation",
+        "mean",
+        "least squares",
+        "sticky",
+        "MLP and heads",
+        "by step",
+        "by step, 50%",
+    } == set(prefill)
+    assert {"dense", "static", "sticky", "MLP and heads", "by step"} == set(decode)
     assert all(side["wall_ms"] > 0 for row in (prefill, decode) for side in row.values())
     assert [r["rows"] for r in found["products"]] == [1, 64]
     assert out.with_suffix(".profile.txt").read_text().startswith("tiny")
