@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import bars, write_json
+from report import STICKY, bars, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -26,8 +26,8 @@ from pp_fx.measure.paired_interval import paired_interval
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
-EVEN = {"ranking": "even", "first_position": "never"}
 WAYS: dict[str, dict[str, Any]] = {
+    "default: prompts 20%, decoding by step, 20%": {"mlp_ratio": 0.2, "decode": "step"},
     "decoding by step, 20%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.2},
     "decoding by step, 30%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.3},
     "decoding by step, 40%": {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.4},
@@ -35,13 +35,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "decoding by step, 40%, ranked by int4": {
         "mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.4, "step_probe": "int4",
     },
-    "prompts 20% in the last third, decoding by step, 20%": {
-        "mlp_ratio": 0.2, "skip_layers": 16, "probe": EVEN, "decode": "step", "decode_ratio": 0.2,
-    },
     "prompts 20%, decoding dense": {"mlp_ratio": 0.2, "decode": "dense"},
     "prompts 40%, decoding dense": {"mlp_ratio": 0.4, "decode": "dense"},
-    "prompts 20%, sticky": {"mlp_ratio": 0.2, "decode": "sticky"},
-    "prompts 40%, sticky": {"mlp_ratio": 0.4, "decode": "sticky"},
+    "sticky, 20%": {**STICKY, "mlp_ratio": 0.2},
+    "sticky, 40%": {**STICKY, "mlp_ratio": 0.4},
 }  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def generated(found: dict[str, Any]) -> str:
         *({**row, **row.get("decode", {}).get("1", {})} for row in found["rows"]),
     ]
     against = {"lost / gained": "{lost} / {gained}", "above dense (95%)": "{interval[0]:+.1f} .. {interval[1]:+.1f}"}
-    step = {"step / dense, one sequence": "{ratio:.3f}", "bytes / dense": "{ideal:.3f}"}
+    timed = any("decode" in row for row in found["rows"])
+    step = {"step / dense, one sequence": "{ratio:.3f}", "bytes / dense": "{ideal:.3f}"} if timed else {}
     return grid(rows, {"": "{name}", f"solved of {found['problems']}": "{solved}", **against, **step})
 
 
@@ -151,7 +152,7 @@ def costs(found: dict[str, Any]) -> str:
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, mixed_batches, compare, onnx_runtime, costs)}
-TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu}
+TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 
 

@@ -42,6 +42,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
         "heads": pp_fx.ProbePruningConfig(0.4, 0.37, compensation_min_tokens=512),
         "paper": pp_fx.ProbePruningConfig.paper(0.4),
         "re-probing": pp_fx.ProbePruningConfig(decode="probe", reprobe_every=4),
+        "sticky": pp_fx.ProbePruningConfig(0.4, skip_layers=3, decode="sticky"),
         "flap": pp_fx.methods.METHODS["flap"].config(0.4),
     }
     for name, config in configs.items():

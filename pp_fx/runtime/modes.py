@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -62,3 +63,22 @@ def guard_lifted(layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     with put_back([layer.__dict__[LAYER] for layer in layers], guard_tokens=0):
         yield
+
+
+@contextlib.contextmanager
+def stepping_alike(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the context decode="auto" steps in batches of every size, as an exported graph does.
+
+    Args:
+        layers: rewritten layers.
+    """
+    infos = [layer.__dict__[LAYER] for layer in layers]
+    before = [info.settings for info in infos]
+    for info in infos:
+        if info.settings.decode == "auto":
+            info.settings = dataclasses.replace(info.settings, decode="step")
+    try:
+        yield
+    finally:
+        for info, settings in zip(infos, before, strict=True):
+            info.settings = settings
