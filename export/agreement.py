@@ -20,7 +20,7 @@ from ..errors import ExportError
 from ..process_settings import own_defaults
 from ..rewrite.layer import layers_of, settings_of
 from ..rewrite.transform import transform
-from ..runtime.modes import guard_lifted, history_frozen, stepping_alike
+from ..runtime.modes import auto_steps, guard_lifted, history_frozen
 from ..runtime.selections import selections_on
 from .folder import MODEL, check_files, context_length, read_settings
 from .names import COMPACT, HISTORY, of_group, state_tensor
@@ -113,7 +113,7 @@ def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int
         cache, ort_cache, difference = DynamicCache(), None, 0.0
         cuts = [(0, length), *((length + i, length + i + 1) for i in range(3))]
         layers = layers_of(model)
-        modes = history_frozen(model), guard_lifted(layers), stepping_alike(layers)
+        modes = history_frozen(model), guard_lifted(layers), auto_steps(layers)
         with torch.no_grad(), modes[0], modes[1], modes[2], warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for start, stop in cuts:

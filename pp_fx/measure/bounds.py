@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..rewrite.layer import layers_of
+from ..runtime.modes import selections_kept
 from ..runtime.selections import selections_on
 
 
@@ -45,7 +46,7 @@ def static_copies(model: nn.Module, pruned: nn.Module, ids: Tensor) -> StaticCop
     if any(part.rows is not None or part.transposed or part.bias is not None for part in parts):
         return None
     cache = DynamicCache(config=pruned.config)  # type: ignore[arg-type]
-    with torch.no_grad():
+    with torch.no_grad(), selections_kept(layers):
         pruned.base_model(input_ids=ids, past_key_values=cache)  # type: ignore[operator]
     selections: Any = selections_on(cache)
     if not selections.layers:  # the guard found the prompt too small

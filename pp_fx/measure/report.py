@@ -18,7 +18,7 @@ from ..errors import InputError, StateError
 from ..progress import track
 from ..rewrite.layer import is_transformed, layers_of
 from ..rewrite.transform import restore, transform
-from ..runtime.modes import history_frozen
+from ..runtime.modes import history_frozen, selections_kept
 from ..runtime.selections import selections_on
 from .compare import compare
 from .explain import explain
@@ -112,7 +112,7 @@ def _inside(
 def _kept(model: Any, ids: Tensor) -> dict[str, list[int]]:
     """`3.mlp` -> the kept units of a batch."""
     cache = DynamicCache(config=model.config)
-    with torch.no_grad():
+    with torch.no_grad(), selections_kept(layers_of(model)):
         model.base_model(input_ids=ids.to(model.device), past_key_values=cache)
     chosen: Any = selections_on(cache)
     groups = chosen.layers.items() if chosen is not None else ()

@@ -66,19 +66,31 @@ def guard_lifted(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stepping_alike(layers: Iterable[nn.Module]) -> Iterator[None]:
+def auto_steps(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the context decode="auto" steps in batches of every size, as an exported graph does.
 
     Args:
         layers: rewritten layers.
     """
     infos = [layer.__dict__[LAYER] for layer in layers]
-    before = [info.settings for info in infos]
-    for info in infos:
-        if info.settings.decode == "auto":
-            info.settings = dataclasses.replace(info.settings, decode="step")
-    try:
+    with put_back(infos, "settings"):
+        for info in infos:
+            if info.settings.decode == "auto":
+                info.settings = dataclasses.replace(info.settings, decode="step")
         yield
-    finally:
-        for info, settings in zip(infos, before, strict=True):
-            info.settings = settings
+
+
+@contextlib.contextmanager
+def selections_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the context a KV cache holds what its prompt has selected, whatever decoding makes of it.
+
+    Args:
+        layers: rewritten layers.
+    """
+    infos = [layer.__dict__[LAYER] for layer in layers]
+    with put_back(infos, "settings"):
+        for info in infos:
+            if info.settings.steps:
+                dense = {"decode": "dense", "decode_ratio": None, "step_probe": None}
+                info.settings = dataclasses.replace(info.settings, **dense)
+        yield

@@ -12,7 +12,7 @@ from pp_fx.errors import InputError
 from pp_fx.measure.bytes import block_bytes, key_value_bytes
 from tests.helpers.command import run
 
-CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1)
+CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, decode="sticky")
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -81,12 +81,13 @@ def test_bad_input_names_argument_and_value(llama, ids, changes, message):
 
 def test_the_command_writes_the_promised_keys(folder):
     result = run("bench", folder, "--phase", "decode", "--batch", "2", "--length", "40", "--new-tokens", "3",
-                 "--mlp-ratio", "0.3", "--dtype", "float32", "--json", "-")  # fmt: skip
+                 "--decode", "sticky", "--mlp-ratio", "0.3", "--dtype", "float32", "--json", "-")  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert {"dense_ms", "pruned_ms", "ratio", "ideal", "with_head", "peak_memory_mb", "versions"} <= set(data)
     assert {"ratio", "ideal"} <= set(data["with_head"])
-    shown = run("bench", folder, "--batch", "2", "--length", "40", "--repeats", "1", "--mlp-ratio", "0.3")
+    shown = run("bench", folder, "--batch", "2", "--length", "40", "--repeats", "1", "--mlp-ratio", "0.3",
+                "--decode", "sticky")  # fmt: skip
     assert all(row in shown.output for row in ("decoder blocks", "with LM head", "static", "masked"))
 
 

@@ -28,7 +28,7 @@ def test_eval_writes_json_alone_to_stdout(folder, tmp_path):
     assert data["macs"]["pruned"] < data["macs"]["dense"]
     assert data["macs"]["probe"] > 0
     assert data["kept"][0] == {"mlp": 96, "heads": 4}
-    assert data["kept"][4] == {"mlp": 32, "heads": 2}
+    assert data["kept"][4] == {"mlp": 48, "heads": 3}
     assert data["pruned"]["nll"] != data["dense"]["nll"]
 
 
@@ -103,7 +103,7 @@ def test_version():
 def test_explain_of_a_saved_model_uses_its_settings(tmp_path):
     model = pp_fx.transform(tiny_llama(layers=5), pp_fx.ProbePruningConfig(mlp_ratio=0.2, skip_layers=2, round_to=1))
     model.save_pretrained(tmp_path / "pruned")
-    for options, kept in (((), 64), (("--mlp-ratio", "0.3"), 32)):  # round_to 1 and 16
+    for options, kept in (((), 64), (("--mlp-ratio", "0.3"), 48)):  # round_to 1 and 16
         result = run("explain", str(tmp_path / "pruned"), *options, "--json", "-")
         assert result.exit_code == 0, result.output
         groups = json.loads(result.stdout)["layers"][4]["groups"]

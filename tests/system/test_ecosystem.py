@@ -1,5 +1,6 @@
 """A transformed model in the tools around transformers: each works as with the dense model, or is refused by name."""
 
+import dataclasses
 import json
 import math
 import re
@@ -28,6 +29,7 @@ def model(ids):
 
 def test_pipeline_generates_what_generate_does(model):
     words = tokenizer()
+    model = pp_fx.transform(pp_fx.restore(model), dataclasses.replace(CONFIG, freeze_history=True))
     text = "Probe pruning looks ahead with a tiny probe. " * 3
     made = pipeline("text-generation", model=model, tokenizer=words)(
         text, max_new_tokens=6, do_sample=False, return_full_text=True

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
-    pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1))
+    pp_fx.transform(model, pp_fx.ProbePruningConfig(0.4, skip_layers=1, round_to=1, decode="sticky"))
     return pp_fx.export.onnx(model, tmp_path_factory.mktemp("examples") / "model", tokenizer=words)
 
 

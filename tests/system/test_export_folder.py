@@ -89,7 +89,7 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(exported, tmp_path):
         pp_fx.export.onnx(tiny_llama(), tmp_path / "new")
     with pytest.raises(ExportError, match="prunes nothing"):
         pp_fx.export.onnx(pruned(tiny_llama(), pp_fx.ProbePruningConfig(0.0), False), tmp_path / "new")
-    config = pp_fx.ProbePruningConfig(skip_layers=1, drift_threshold=0.5)
+    config = pp_fx.ProbePruningConfig(skip_layers=1, decode="sticky", drift_threshold=0.5)
     with pytest.raises(ExportError, match="drift_threshold"):
         pp_fx.export.onnx(pruned(tiny_llama(), config, False), tmp_path / "new")
     with pytest.raises(ExportError, match="bfloat16"):

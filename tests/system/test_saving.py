@@ -21,7 +21,7 @@ from tests.helpers.command import run
 from tests.helpers.models import tiny_llama
 
 CONFIG_HERE = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100
+    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=100, decode="sticky"
 )
 STATIC = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, probe=None)
 

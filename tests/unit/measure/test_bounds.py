@@ -13,7 +13,7 @@ from tests.helpers.models import tiny_llama
 
 def test_static_copies_give_what_the_prompt_gives_without_compensation(ids):
     model = tiny_llama()
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, mlp_compensation=None, decode="sticky")
+    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, mlp_compensation=None)
     pruned = pp_fx.transform(tiny_llama(), config)
     with torch.no_grad(), pp_fx.history_frozen(pruned):
         dense, expected = model(ids).logits, pruned(ids).logits
