@@ -45,7 +45,7 @@ def test_the_figures_are_those_of_the_run(made):
     assert len(found["kept"]) == 3
     assert len(found["comparison"]["rows"]) == 4
     shared = overlap(found)
-    assert set(shared) == {f"{i}.mlp" for i in (3, 4)}
+    assert set(shared) == {f"{i}.mlp" for i in (2, 3, 4)}
     a, b, c = (set(kept["3.mlp"]) for kept in found["kept"])
     assert shared["3.mlp"] == pytest.approx((len(a & b) + len(a & c) + len(b & c)) / 3 / len(a))
 

@@ -31,7 +31,7 @@ def test_ratio_zero_is_exact_and_generates_the_same(smollm2):
 
 def test_the_graphs_match_the_reference_on_real_weights(smollm2):
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.2, skip_layers=3)
+    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, attention_ratio=0.2, skip_layers=3, decode="sticky")
     ids = sequences(read("python-docs"), tokenizer, 2, 64)
     reference = reference_for(model, config)
     pp_fx.transform(model, config)
