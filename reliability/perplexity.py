@@ -3,7 +3,7 @@
     python reliability/perplexity.py            # fails where the default loses more than 1%
     python reliability/perplexity.py --record   # after a change that is meant to move it
 
-SmolLM2-135M in bf16, Python's own documentation: 8 x 512 tokens as one batch, calibrated on 8 others, the default configuration.
+SmolLM2-135M in bf16, Python's own documentation: 8 x 512 tokens as one batch, calibrated on 8 others; the default.
 """
 
 from __future__ import annotations
