@@ -16,6 +16,8 @@ import threading
 import torch
 from torch import Tensor
 
+from ..layouts import is_plain, take_rows
+
 _LARGE = 4 * 2**20
 """Bytes of a copy from which on the allocator asks the system for fresh memory at every call."""
 
@@ -38,7 +40,7 @@ def kept_rows(weight: Tensor, kept: Tensor, exports: bool = False, out: Tensor |
     """weight[kept] in the memory layout of the weight.
 
     Args:
-        weight: [C, H], its rows or (a CPU's output projection) its columns contiguous.
+        weight: [C, H], its rows or (a CPU's output projection) its columns contiguous; or quantized (`pp_fx.layouts`).
         kept: int64 [k], in [0, C).
         exports: an exported graph is being traced.
         out: memory [k, H] to write to, of an uncompiled call without gradients.
@@ -46,6 +48,8 @@ def kept_rows(weight: Tensor, kept: Tensor, exports: bool = False, out: Tensor |
     Returns:
         [k, H].
     """
+    if not is_plain(weight):
+        return take_rows(weight, kept)
     if out is not None:
         return torch.index_select(weight, 0, kept, out=out)
     if exports:

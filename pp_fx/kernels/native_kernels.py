@@ -19,10 +19,10 @@ LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What they multiply, as they are told of it."""
 _SIGNATURES = {
-    "pp_fx_linear": "i p s p p p s s s i",
+    "pp_fx_linear": "i p s p p p p s s s i",
     "pp_fx_coded_linear": "i i p p p p s s s i",
-    "pp_fx_chosen_linear": "i p p s p p p s s s s i",
-    "pp_fx_strongest": "i p p p p s p p s p p s s s s s i",
+    "pp_fx_chosen_linear": "i p p s p p p p s s s s i",
+    "pp_fx_strongest": "i p p p p s p p p s p p p s s s s s i",
 }
 _KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
 

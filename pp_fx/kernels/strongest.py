@@ -32,9 +32,19 @@ def serves(weight: Tensor, tokens: int) -> bool:
     )
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of few tokens: x [N, H], weight [C, H] whose rows are contiguous, bias [C] or None -> [N, C]."""
-    return torch.ops.pp_fx.linear_rows(x, weight, bias)
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+    """A linear layer of few tokens.
+
+    Args:
+        x: [N, H], fp32, fp16 or bf16.
+        weight: [C, H] whose rows are contiguous, of x's dtype; int8 with scales.
+        bias: [C] or None.
+        scales: fp32 [C], what a row of int8 numbers is multiplied by; or None.
+
+    Returns:
+        [N, C].
+    """
+    return torch.ops.pp_fx.linear_rows(x, weight, bias, scales)
 
 
 def strongest(
@@ -46,6 +56,8 @@ def strongest(
     down: Tensor,
     down_bias: Tensor | None,
     count: int,
+    up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """sum over a token's chosen channels c of factor_c * (x . up_c) * down_c.
 
@@ -59,26 +71,29 @@ def strongest(
         up, up_bias: [C, H] whose rows are contiguous, and [C]; or None.
         down, down_bias: [C, O], the output projection's weight transposed, with contiguous rows; [O] or None.
         count: in [1, C].
+        up_scales, down_scales: fp32 [C] and [O], of weights that are int8, both; or None.
 
     Returns:
         [N, O].
     """
-    return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count)
+    return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count, up_scales, down_scales)
 
 
-def chosen_rows(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+def chosen_rows(
+    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+) -> Tensor:
     """A linear layer's results for each token's chosen channels, 0 for the others.
 
     Args:
         strength: fp32 [N, C], at least 0.
         x: [N, H].
-        weight, bias: [C, H] whose rows are contiguous, and [C] or None.
+        weight, bias, scales: as of `linear_rows`.
         count: in [1, C].
 
     Returns:
         [N, C].
     """
-    return torch.ops.pp_fx.chosen_rows(strength, x, weight, bias, count)
+    return torch.ops.pp_fx.chosen_rows(strength, x, weight, bias, count, scales)
 
 
 def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
@@ -88,16 +103,21 @@ def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
 
 
 _library = torch.library.Library("pp_fx", "FRAGMENT")
-_library.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("chosen_rows(Tensor strength, Tensor x, Tensor weight, Tensor? bias, int count) -> Tensor")
+_library.define("linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? scales=None) -> Tensor")
+_library.define(
+    "chosen_rows(Tensor strength, Tensor x, Tensor weight, Tensor? bias, int count, Tensor? scales=None) -> Tensor"
+)
 _library.define(
     "strongest(Tensor strength, Tensor factor, Tensor x, Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
-    "int count) -> Tensor"
+    "int count, Tensor? up_scales=None, Tensor? down_scales=None) -> Tensor"
 )
 
 
-def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+    if scales is None:
+        return F.linear(x, weight, bias)
+    made = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    return made if bias is None else made + bias
 
 
 def plain_strongest(
@@ -109,20 +129,26 @@ def plain_strongest(
     down: Tensor,
     down_bias: Tensor | None,
     count: int,
+    up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """As `strongest`, by torch's own products, which have gradients: everything runs, what is not chosen is masked."""
-    z = factor if up is None else factor * F.linear(x, up, up_bias)
-    return F.linear(masked(strength, z, count), down.t(), down_bias)
+    z = factor if up is None else factor * _plain_linear(x, up, up_bias, up_scales)
+    return _plain_linear(masked(strength, z, count), down.t(), down_bias, down_scales)
 
 
-def _plain_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
-    return masked(strength, F.linear(x, weight, bias), count)
+def _plain_chosen(
+    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+) -> Tensor:
+    return masked(strength, _plain_linear(x, weight, bias, scales), count)
 
 
-def _native_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+def _native_chosen(
+    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+) -> Tensor:
     library = native()
     if library is None or weight.stride(1) != 1:
-        return _plain_chosen(strength, x, weight, bias, count)
+        return _plain_chosen(strength, x, weight, bias, count, scales)
     strength, x = strength.float().contiguous(), x.contiguous()
     y = x.new_empty(strength.shape)
     library.pp_fx_chosen_linear(
@@ -130,6 +156,7 @@ def _native_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
         strength.data_ptr(),
         weight.data_ptr(),
         weight.stride(0),
+        pointer(scales),
         pointer(bias),
         x.data_ptr(),
         y.data_ptr(),
@@ -141,16 +168,17 @@ def _native_chosen(strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     return y
 
 
-def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
     library = native()
     if library is None or weight.stride(1) != 1:
-        return F.linear(x, weight, bias)
+        return _plain_linear(x, weight, bias, scales)
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
     library.pp_fx_linear(
         TYPES[x.dtype],
         weight.data_ptr(),
         weight.stride(0),
+        pointer(scales),
         pointer(bias),
         x.data_ptr(),
         y.data_ptr(),
@@ -170,10 +198,12 @@ def _native_strongest(
     down: Tensor,
     down_bias: Tensor | None,
     count: int,
+    up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     library = native()
     if library is None or down.stride(1) != 1 or (up is not None and up.stride(1) != 1):
-        return plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count)
+        return plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count, up_scales, down_scales)
     strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
     y = x.new_empty(x.shape[0], down.shape[1])
     library.pp_fx_strongest(
@@ -183,9 +213,11 @@ def _native_strongest(
         x.data_ptr(),
         pointer(up),
         0 if up is None else up.stride(0),
+        pointer(up_scales),
         pointer(up_bias),
         down.data_ptr(),
         down.stride(0),
+        pointer(down_scales),
         pointer(down_bias),
         y.data_ptr(),
         *strength.shape,
@@ -204,9 +236,10 @@ def _cuda_strongest(
     from .triton_top import LARGEST
 
     rows = down.stride(1) == 1 and (up is None or up.stride(1) == 1)  # contiguous, as the kernels read them
-    fits = strength.shape[1] <= LARGEST
-    made: Tensor = (kernel if rows and fits else plain_strongest)(strength, factor, x, up, up_bias, down, *more)
-    return made
+    if rows and strength.shape[1] <= LARGEST and down.dtype == x.dtype:
+        made: Tensor = kernel(strength, factor, x, up, up_bias, down, *more[:2])
+        return made
+    return plain_strongest(strength, factor, x, up, up_bias, down, *more)
 
 
 for _name, _plain, _cpu in (
@@ -217,6 +250,6 @@ for _name, _plain, _cpu in (
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")
 _library.impl("strongest", _cuda_strongest, "CUDA")
-_library.impl("chosen_rows", lambda strength, x, weight, bias, count: x.new_empty(strength.shape), "Meta")
-_library.impl("linear_rows", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
-_library.impl("strongest", lambda s, f, x, u, ub, down, db, count: x.new_empty(x.shape[0], down.shape[1]), "Meta")
+_library.impl("chosen_rows", lambda strength, x, weight, bias, count, *_: x.new_empty(strength.shape), "Meta")
+_library.impl("linear_rows", lambda x, weight, bias, *_: x.new_empty(x.shape[0], weight.shape[0]), "Meta")
+_library.impl("strongest", lambda s, f, x, u, ub, down, *_: x.new_empty(x.shape[0], down.shape[1]), "Meta")

@@ -19,6 +19,7 @@ RANKS = [
         "text",
         "native_library",
     },  # the ground
+    {"layouts"},
     {"kernels"},
     {"methods"},
     {"probe_config"},

@@ -24,6 +24,17 @@ int with_type(int type, Run run) {
   return 1;
 }
 
+// Weights of the input's type, or int8 with scales.
+template <class T, class Run>
+void with_weight(const float* scales, Run run) {
+  scales ? run(static_cast<const int8_t*>(nullptr)) : run(static_cast<const T*>(nullptr));
+}
+
+template <class W>
+kernels::Matrix<W> matrix(const W*, const void* data, size_t stride, size_t width, const float* scales) {
+  return {static_cast<const W*>(data), stride, width, scales};
+}
+
 }  // namespace
 
 extern "C" {
@@ -33,12 +44,15 @@ extern "C" {
 PP_FX_EXPORT const char* pp_fx_kernels_version() { return PP_FX_VERSION; }
 
 // x [tokens, depth], weight [rows, depth] -> x weight^T + bias [tokens, rows]. Types: 0 fp32, 1 fp16, 2 bf16.
-PP_FX_EXPORT int pp_fx_linear(int type, const void* weight, size_t stride, const void* bias, const void* x, void* y,
-                              size_t tokens, size_t rows, size_t depth, int threads) {
+// With scales fp32 [rows] the weight is int8.
+PP_FX_EXPORT int pp_fx_linear(int type, const void* weight, size_t stride, const float* scales, const void* bias,
+                              const void* x, void* y, size_t tokens, size_t rows, size_t depth, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
-    kernels::linear<T>({static_cast<const T*>(weight), stride, depth}, static_cast<const T*>(bias),
-                       static_cast<const T*>(x), static_cast<T*>(y), tokens, rows, threads, Threads{});
+    with_weight<T>(scales, [&](auto* kind) {
+      kernels::linear<T>(matrix(kind, weight, stride, depth, scales), static_cast<const T*>(bias),
+                         static_cast<const T*>(x), static_cast<T*>(y), tokens, rows, threads, Threads{});
+    });
   });
 }
 
@@ -55,30 +69,34 @@ PP_FX_EXPORT int pp_fx_coded_linear(int type, int bits, const void* codes, const
   });
 }
 
-// y [tokens, channels]; strength [tokens, channels], x [tokens, depth], weight [channels, depth].
+// y [tokens, channels]; strength [tokens, channels], x [tokens, depth], weight [channels, depth], scales [channels].
 PP_FX_EXPORT int pp_fx_chosen_linear(int type, const float* strength, const void* weight, size_t stride,
-                                     const void* bias, const void* x, void* y, size_t tokens, size_t channels,
-                                     size_t depth, size_t count, int threads) {
+                                     const float* scales, const void* bias, const void* x, void* y, size_t tokens,
+                                     size_t channels, size_t depth, size_t count, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
-    kernels::chosen_linear<T>(strength, {static_cast<const T*>(weight), stride, depth}, static_cast<const T*>(bias),
-                              static_cast<const T*>(x), static_cast<T*>(y), tokens, channels, count, threads,
-                              Threads{});
+    with_weight<T>(scales, [&](auto* kind) {
+      kernels::chosen_linear<T>(strength, matrix(kind, weight, stride, depth, scales), static_cast<const T*>(bias),
+                                static_cast<const T*>(x), static_cast<T*>(y), tokens, channels, count, threads,
+                                Threads{});
+    });
   });
 }
 
 // y [tokens, out]; strength and factor [tokens, channels], x [tokens, depth], up [channels, depth] or null, down
-// [channels, out].
+// [channels, out]. With scales ([channels], [out]) both weights are int8.
 PP_FX_EXPORT int pp_fx_strongest(int type, const float* strength, const void* factor, const void* x, const void* up,
-                                 size_t up_stride, const void* up_bias, const void* down, size_t down_stride,
-                                 const void* down_bias, void* y, size_t tokens, size_t channels, size_t depth,
-                                 size_t out, size_t count, int threads) {
+                                 size_t up_stride, const float* up_scales, const void* up_bias, const void* down,
+                                 size_t down_stride, const float* down_scales, const void* down_bias, void* y,
+                                 size_t tokens, size_t channels, size_t depth, size_t out, size_t count, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
     auto of = [](const void* p) { return static_cast<const T*>(p); };
-    kernels::strongest<T>(strength, of(factor), of(x), {of(up), up_stride, depth}, of(up_bias),
-                          {of(down), down_stride, out}, of(down_bias), static_cast<T*>(y), tokens, channels, count,
-                          threads, Threads{});
+    with_weight<T>(down_scales, [&](auto* kind) {
+      kernels::strongest<T>(strength, of(factor), of(x), matrix(kind, up, up_stride, depth, up_scales), of(up_bias),
+                            matrix(kind, down, down_stride, out, down_scales), of(down_bias), static_cast<T*>(y),
+                            tokens, channels, count, threads, Threads{});
+    });
   });
 }
 }

@@ -3,6 +3,10 @@
 // Compiler vectors (GCC, Clang) of 16 floats, whatever the machine's own width; sums are in fp32.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -20,6 +24,7 @@ struct BFloat16 {
 };
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(Half x) { return static_cast<float>(x); }
 inline float widen(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -53,6 +58,17 @@ inline Lanes load(const BFloat16* p) {
   Shorts shorts;
   std::memcpy(&shorts, p, sizeof shorts);
   return reinterpret_cast<Lanes>(__builtin_convertvector(shorts, Words) << 16);
+}
+inline Lanes load(const int8_t* p) {
+#ifdef __AVX512F__  // compilers widen bytes one by one
+  return reinterpret_cast<Lanes>(
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Lanes);
+#endif
 }
 inline void store(Lanes lanes, float* p) { std::memcpy(p, &lanes, sizeof lanes); }
 

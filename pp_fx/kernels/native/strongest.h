@@ -15,7 +15,7 @@
 
 namespace kernels {
 
-constexpr size_t kAhead = 2;    // rows between the one that is multiplied and the one that is asked of the memory
+constexpr size_t kAhead = 8;    // rows between the one that is multiplied and the one that is asked of the memory
 constexpr size_t kTogether = 8; // rows of the output projection that are added at a time
 constexpr size_t kLine = 64;    // bytes
 
@@ -23,10 +23,12 @@ template <class T>
 struct Matrix {  // rows of `width` numbers, `stride` apart
   const T* data;
   size_t stride, width;
+  const float* scales = nullptr;  // of rounded numbers: one for each output feature
   const T* row(size_t r) const { return data + r * stride; }
+  float scale(size_t feature) const { return scales ? scales[feature] : 1; }
 };
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // out[t] = w . x[t] for N rows x; meanwhile `next` comes out of the memory.
 template <int N, class T>
@@ -72,8 +74,8 @@ std::vector<float> floats(const T* x, size_t count) {
 }
 
 // x weight^T + bias: x [tokens, depth], weight [rows, depth] -> y [tokens, rows].
-template <class T, class ParallelFor>
-void linear(Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
+template <class T, class W, class ParallelFor>
+void linear(Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
             ParallelFor parallel_for) {
   const size_t depth = weight.width;
   const std::vector<float> wide = floats(x, tokens * depth);
@@ -82,9 +84,9 @@ void linear(Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens, si
   parallel_for(tasks, [&](size_t task) {
     const size_t end = rows * (task + 1) / tasks;
     for (size_t r = rows * task / tasks; r < end; ++r) {
-      const float add = bias ? widen(bias[r]) : 0;
+      const float add = bias ? widen(bias[r]) : 0, scale = weight.scale(r);
       dots_of(weight.row(r), of.data(), tokens, depth, weight.row(std::min(r + kAhead, end - 1)),
-              [&](size_t t, float total) { narrow(total + add, y[t * rows + r]); });
+              [&](size_t t, float total) { narrow(total * scale + add, y[t * rows + r]); });
     }
   });
 }
@@ -183,17 +185,26 @@ inline uint32_t magnitude(float x) {
   return bits & 0x7fffffff;
 }
 
-// The `count`-th largest of n sizes, byte by byte.
-uint32_t largest(const std::vector<uint32_t>& sizes, size_t count) {
-  uint32_t found = 0, known = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    size_t with[256] = {};
-    for (uint32_t s : sizes)
-      if ((s & known) == found) ++with[s >> shift & 255];
-    uint32_t byte = 255;
-    for (; byte && with[byte] < count; --byte) count -= with[byte];
-    found |= byte << shift;
-    known |= 255u << shift;
+// The `count`-th largest of n sizes: by their upper bits, then among those that share these.
+inline uint32_t largest(const uint32_t* sizes, size_t n, size_t count) {
+  constexpr uint32_t kBins = 1 << 11;
+  std::vector<uint32_t> left(n);
+  uint32_t found = 0;
+  for (const int shift : {20, 9, 0}) {
+    uint32_t with[2][kBins] = {};  // two, since many in a row fall into one bin
+    const uint32_t last = shift ? kBins - 1 : (1 << 9) - 1;
+    for (size_t i = 0; i < n; ++i) ++with[i & 1][sizes[i] >> shift & last];
+    uint32_t bin = last;
+    for (size_t many; bin && (many = with[0][bin] + with[1][bin]) < count; --bin) count -= many;
+    found |= bin << shift;
+    size_t kept = 0;
+    for (size_t i = 0; i < n; ++i) {  // without a branch: no processor foresees it
+      const uint32_t size = sizes[i];
+      left[kept] = size;
+      kept += (size >> shift & last) == bin;
+    }
+    sizes = left.data();
+    n = kept;
   }
   return found;
 }
@@ -205,23 +216,28 @@ struct Chosen {
 };
 
 // Every token's channels that are at least as strong as its `count`-th strongest; those without strength add nothing.
-Chosen choose(const float* strength, size_t tokens, size_t channels, size_t count) {
-  std::vector<std::vector<uint32_t>> sizes(tokens, std::vector<uint32_t>(channels));
-  std::vector<uint32_t> least(tokens);
-  for (size_t t = 0; t < tokens; ++t) {
-    for (size_t c = 0; c < channels; ++c) sizes[t][c] = magnitude(strength[t * channels + c]);
-    least[t] = std::max<uint32_t>(largest(sizes[t], count), 1);
-  }
-  Chosen chosen;
+inline Chosen choose(const float* strength, size_t tokens, size_t channels, size_t count) {
+  std::vector<uint32_t> sizes(tokens * channels), least(tokens);
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = magnitude(strength[i]);
+  for (size_t t = 0; t < tokens; ++t)
+    least[t] = std::max<uint32_t>(largest(sizes.data() + t * channels, channels, count), 1);
+  Chosen chosen = {std::vector<uint32_t>(channels + 1), std::vector<uint32_t>(channels + 1),
+                   std::vector<uint32_t>(tokens * channels + 1)};
+  size_t some = 0, all = 0;  // likewise without a branch
   for (size_t c = 0; c < channels; ++c) {
-    const size_t before = chosen.tokens.size();
-    for (size_t t = 0; t < tokens; ++t)
-      if (sizes[t][c] >= least[t]) chosen.tokens.push_back(t);
-    if (chosen.tokens.size() == before) continue;
-    chosen.channels.push_back(c);
-    chosen.begins.push_back(before);
+    chosen.channels[some] = c;
+    chosen.begins[some] = all;
+    const size_t before = all;
+    for (size_t t = 0; t < tokens; ++t) {
+      chosen.tokens[all] = t;
+      all += sizes[t * channels + c] >= least[t];
+    }
+    some += all != before;
   }
-  chosen.begins.push_back(chosen.tokens.size());
+  chosen.begins[some] = all;
+  chosen.channels.resize(some);
+  chosen.begins.resize(some + 1);
+  chosen.tokens.resize(all);
   return chosen;
 }
 
@@ -262,8 +278,8 @@ void add_rows(Matrix<T> down, const std::vector<uint32_t>& list, const float* z,
 }
 
 // y [tokens, channels] = x . weight_c + bias_c for a token's chosen channels, 0 for the others.
-template <class T, class ParallelFor>
-void chosen_linear(const float* strength, Matrix<T> weight, const T* bias, const T* x, T* y, size_t tokens,
+template <class T, class W, class ParallelFor>
+void chosen_linear(const float* strength, Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens,
                    size_t channels, size_t count, size_t tasks, ParallelFor parallel_for) {
   const Chosen chosen = choose(strength, tokens, channels, count);
   const size_t total = chosen.channels.size();
@@ -276,18 +292,18 @@ void chosen_linear(const float* strength, Matrix<T> weight, const T* bias, const
       const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
       const uint32_t* of = chosen.tokens.data() + begin;
       for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * weight.width;
-      const float add = bias ? widen(bias[c]) : 0;
-      const T* next = weight.row(chosen.channels[std::min(i + kAhead, to - 1)]);
+      const float add = bias ? widen(bias[c]) : 0, scale = weight.scale(c);
+      const W* next = weight.row(chosen.channels[std::min(i + kAhead, to - 1)]);
       dots_of(weight.row(c), rows.data(), many, weight.width, next,
-              [&](size_t j, float product) { narrow(product + add, y[of[j] * channels + c]); });
+              [&](size_t j, float product) { narrow(product * scale + add, y[of[j] * channels + c]); });
     }
   });
 }
 
 // y [tokens, out] = sum over a token's chosen channels c of factor_c * (x . up_c + bias_c) * down_c, plus down_bias;
 // without `up.data` the factor alone.
-template <class T, class ParallelFor>
-void strongest(const float* strength, const T* factor, const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down,
+template <class T, class W, class ParallelFor>
+void strongest(const float* strength, const T* factor, const T* x, Matrix<W> up, const T* up_bias, Matrix<W> down,
                const T* down_bias, T* y, size_t tokens, size_t channels, size_t count, size_t tasks,
                ParallelFor parallel_for) {
   const Chosen chosen = choose(strength, tokens, channels, count);
@@ -305,11 +321,11 @@ void strongest(const float* strength, const T* factor, const T* x, Matrix<T> up,
         continue;
       }
       for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * up.width;
-      const float add = up_bias ? widen(up_bias[c]) : 0;
-      const T* next = up.row(chosen.channels[std::min(i + kAhead, to - 1)]);
+      const float add = up_bias ? widen(up_bias[c]) : 0, scale = up.scale(c);
+      const W* next = up.row(chosen.channels[std::min(i + kAhead, to - 1)]);
       dots_of(up.row(c), rows.data(), many, up.width, next, [&](size_t j, float product) {
         T rounded, made;  // where the model rounds
-        narrow(product + add, rounded);
+        narrow(product * scale + add, rounded);
         narrow(widen(rounded) * widen(factor[of[j] * channels + c]), made);
         z[i * tokens + of[j]] = widen(made);
       });
@@ -317,9 +333,10 @@ void strongest(const float* strength, const T* factor, const T* x, Matrix<T> up,
     add_rows(down, chosen.channels, z.data(), parts.data() + task * numbers, tokens, from, to);
   });
   for (size_t i = 0; i < numbers; ++i) {
-    float result = down_bias ? widen(down_bias[i % down.width]) : 0;
+    float result = 0;
     for (size_t task = 0; task < tasks; ++task) result += parts[task * numbers + i];
-    narrow(result, y[i]);
+    const size_t feature = i % down.width;
+    narrow(result * down.scale(feature) + (down_bias ? widen(down_bias[feature]) : 0), y[i]);
   }
 }
 

@@ -1,0 +1,33 @@
+"""How quantized weights hold their numbers, and how rows and columns are taken of them: one file for a layout."""
+
+from .layout import (
+    Codes,
+    Layout,
+    codes_of,
+    is_plain,
+    layout_of,
+    map_parts,
+    refusal,
+    stored_bytes,
+    take_columns,
+    take_rows,
+    widened,
+)
+from .scaled_groups import ScaledGroups
+from .scaled_rows import ScaledRows
+
+__all__ = [
+    "Codes",
+    "Layout",
+    "ScaledGroups",
+    "ScaledRows",
+    "codes_of",
+    "is_plain",
+    "layout_of",
+    "map_parts",
+    "refusal",
+    "stored_bytes",
+    "take_columns",
+    "take_rows",
+    "widened",
+]

@@ -1,0 +1,39 @@
+"""A scale for each group of input features: torchao's `IntxUnpackedToInt8Tensor` (1 to 8 bits, a byte for each number).
+
+A row goes with the scales of its groups. Columns share theirs with columns that are dropped, so kept ones are widened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .layout import LAYOUTS, Layout, rebuilt
+
+
+class ScaledGroups(Layout):
+    """Numbers `qdata` [out, in], `scale` and `zero_point` [out, in / group]."""
+
+    def refusal(self, weight: Any) -> str | None:
+        if weight.scale.ndim != 2 or weight.scale.shape[0] != weight.shape[0]:
+            return (
+                f"has scales {list(weight.scale.shape)} for {weight.shape[0]} rows, and a row can only go with scales "
+                "of its own; quantize with granularity=PerGroup(..) or PerAxis(0)"
+            )
+        return None
+
+    def rows(self, weight: Any, index: Tensor) -> Tensor:
+        parts = {name: getattr(weight, name).index_select(0, index) for name in ("qdata", "scale", "zero_point")}
+        made: Tensor = rebuilt(weight, **parts)
+        return made
+
+    def columns(self, weight: Any, index: Tensor) -> Tensor:
+        numbers = weight.qdata.index_select(1, index)
+        group = index * weight.scale.shape[1] // weight.shape[1]
+        scale, zero = (part.index_select(1, group) for part in (weight.scale, weight.zero_point))
+        widened: Tensor = (numbers.to(weight.dtype) - zero.to(weight.dtype)) * scale.to(weight.dtype)
+        return widened
+
+
+LAYOUTS["torchao.IntxUnpackedToInt8Tensor"] = ScaledGroups()
