@@ -109,6 +109,28 @@ def generated(found: dict[str, Any]) -> str:
     return grid(rows, {"": "{name}", f"solved of {found['problems']}": "{solved}", **against, **step})
 
 
+def quantized(found: dict[str, Any]) -> str:
+    """Every ratio of every kind of weights; dense rows have no time against themselves."""
+    columns = {"weights": "{weights}", "MLP dropped": "{mlp_ratio:.0%}", "perplexity": "{ppl:.1f}"}
+    columns |= {"NLL above dense of the same weights": "{nll_above_dense:+.3f} ± {nll_stderr:.3f}"}
+    for phase in (name for name in ("decode 1 x 128", "prefill 1 x 512") if name in found["rows"][0]):
+        columns |= {f"{phase} / dense of the same weights": f"{{{phase}[ratio]:.3f}}"}
+        columns |= {f"{phase} / dense bf16": f"**{{{phase}[against_bf16]:.3f}}**"}
+    solved = {f"solved of {found['problems']}": "{solved}"} if found["problems"] else {}
+    return grid(found["rows"], {**columns, **solved})
+
+
+def step_kernels(found: dict[str, Any]) -> str:
+    """Microseconds of an MLP, against the dense products, against the same kernel on all rows, against a copy."""
+    columns = {"layer of": "{model}", "weights": "{weights}", "kept": "{kept:.0%}", "us": "{mlp_us[ours]:.0f}"}
+    columns |= {
+        "dense us": "{mlp_us[dense]:.0f}",
+        "/ dense": "**{ratio:.3f}**",
+        "/ all rows, same kernel": "{against_own:.3f}",
+    }
+    return grid(found["rows"], {**columns, "rate / a copy's": "{copy_share:.2f}"})
+
+
 def mixed_batches(found: dict[str, Any]) -> str:
     """The whole, and each of the two texts."""
     parts = {"perplexity": "{ppl:.1f}", "of the text": "{ppl_text:.1f}", "of the documentation": "{ppl_docs:.1f}"}
@@ -151,7 +173,8 @@ def costs(found: dict[str, Any]) -> str:
 
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, mixed_batches, compare, onnx_runtime, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

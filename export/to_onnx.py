@@ -12,6 +12,7 @@ from onnxscript import ir
 
 from .._version import __version__
 from ..errors import ExportError, InputError, StateError
+from ..layouts import is_plain
 from ..measure.macs import count_macs
 from ..process_settings import own_defaults
 from ..rewrite.layer import layers_of, settings_of
@@ -133,6 +134,9 @@ def _check(model: Any, opset: int) -> list[Port]:
         raise ExportError(
             f"dtype={weight.dtype} is not supported by the exporter; call model.float() or model.half() before"
         )
+    quantized = next((name for name, p in model.named_parameters() if not is_plain(p)), None)
+    if quantized is not None:
+        raise ExportError(f"{quantized} is quantized, which has no ONNX form here; export the model unquantized")
     ports = ports_of(model)
     if not ports and not any(state.steps for state in states_of(model)):
         raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")

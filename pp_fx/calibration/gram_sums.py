@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layouts import widened
 from ..runtime.head_gram import TINY
 
 _CHUNK = 256
@@ -25,7 +26,7 @@ def gram_sums(z: Tensor, residual: Tensor, real: Tensor | None, weight: Tensor, 
         mean = z.sum(1, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None]
     rows = ((z - mean) * scale.sqrt()[:, :, None]).flatten(0, 1)
     gram = torch.zeros(units, units, dtype=torch.float32, device=z.device)
-    blocks = weight.t().float().unflatten(0, (units, -1))
+    blocks = widened(weight).t().float().unflatten(0, (units, -1))
     for part in rows.split(_CHUNK):  # the outputs of single heads, of few rows at a time
         outputs = (part.unflatten(1, (units, -1)).transpose(0, 1) @ blocks).flatten(1)
         gram += outputs @ outputs.t()

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -31,6 +32,8 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
     Args:
         config: what to prune; or its fields as keywords, as config.json holds them.
         history_file: whether the folder holds a history.
+        quantization: how the weights are quantized: transformers' configuration of a method whose weights can be pruned
+            (`TorchAoConfig`), or its dict. None for a model that is not.
 
     Raises:
         ConfigError: a field is unknown or has a wrong value.
@@ -42,6 +45,7 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         *,
         quant_method: str = METHOD,
         history_file: bool = False,
+        quantization: QuantizationConfigMixin | dict[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -51,6 +55,11 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.config = as_config(fields if config is None else config)
         self.history_file = history_file
+        if isinstance(quantization, dict):
+            quantization = AutoQuantizationConfig.from_dict(quantization)
+        if isinstance(quantization, ProbePruningHfConfig):
+            raise ConfigError("quantization=ProbePruningHfConfig quantizes nothing; give TorchAoConfig, or None")
+        self.quantization = quantization
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ProbePruningHfConfig:
@@ -95,7 +104,8 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: the method, and every field of the configuration."""
-        return {"quant_method": METHOD, "history_file": self.history_file, **self.config.to_dict()}
+        within = {} if self.quantization is None else {"quantization": self.quantization.to_dict()}
+        return {"quant_method": METHOD, "history_file": self.history_file, **within, **self.config.to_dict()}
 
 
 def saved_settings(config: Any) -> ProbePruningConfig | None:

@@ -2,6 +2,7 @@
 
 https://huggingface.co/docs/transformers/quantization/contribute. The method is no quantization; the plug-in point is
 the one at which a configuration in config.json changes the model that is loaded. Registered by `import pp_fx`.
+config.json has room for one method, so the one that quantizes the weights is nested in ours.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.utils import cached_file
 
@@ -19,24 +20,26 @@ from ..rewrite.transform import transform
 from .hf_config import METHOD, ProbePruningHfConfig
 
 
-class ProbePruningHfQuantizer(HfQuantizer):
-    """Transforms a model when its weights are in place, and reads its history."""
+class _Pruning:
+    """Transforms a model when its weights are in place, and reads its history; in front of an HfQuantizer."""
 
-    requires_calibration = False
+    pruning: ProbePruningHfConfig
     folder: Path | None = None
     """Where the weights lie: the history lies beside them."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        settings: Any = self.quantization_config
-        self.remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                del module.config._is_quantized
-        transform(model, settings.config)
-        if settings.history_file:
+        model = super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+        if self.pruning.quantization is None:
+            self.remove_quantization_config(model)  # type: ignore[attr-defined]
+            for module in model.modules():
+                if hasattr(getattr(module, "config", None), "_is_quantized"):
+                    del module.config._is_quantized
+        transform(model, self.pruning.config)
+        if self.pruning.history_file:
             path = _history_path(model.config, self.folder)
             if path is None:
                 raise StateError(
@@ -45,6 +48,25 @@ class ProbePruningHfQuantizer(HfQuantizer):
                 )
             read_history(model, path)
         return model
+
+
+class ProbePruningHfQuantizer(_Pruning, HfQuantizer):
+    """What transformers makes of a `ProbePruningHfConfig`; of one with a quantization, that one's, pruning as well."""
+
+    requires_calibration = False
+
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        within = quantization_config.quantization
+        if within is None:
+            return super().__new__(cls)
+        inner = type(AutoHfQuantizer.from_config(within, **kwargs))
+        made: Any = type(f"Pruning{inner.__name__}", (_Pruning, inner), {})(within, **kwargs)
+        made.pruning = quantization_config
+        return made  # of another class, so that Python leaves it as it is
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pruning = quantization_config
 
     def is_serializable(self) -> bool:
         """Saving is `saving.save_pretrained`'s."""

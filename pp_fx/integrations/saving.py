@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.history_file import holds_history, write_history
-from ..errors import InputError, StateError
+from ..errors import InputError
 from ..process_settings import own_defaults
 from ..rewrite.layer import config_of
 from ..rewrite.transform import SHADOWED
@@ -34,25 +34,24 @@ def save_pretrained(
             `from_pretrained(folder, quantization_config=pp_fx.ProbePruningHfConfig.from_pretrained(folder))` prunes.
         **kwargs: of transformers' method.
 
+    A quantized model's own configuration goes into config.json inside of the pruning's, or stays as it is with False.
+
     Raises:
         InputError: `push_to_hub=True`; `model.push_to_hub(repo_id)` sends the whole folder.
-        StateError: the model is quantized as well.
     """
     if kwargs.pop("push_to_hub", False):
         raise InputError("push_to_hub=True would leave the history behind; call model.push_to_hub(repo_id)")
     config = config_of(model)
-    if hasattr(model.config, "quantization_config"):
-        raise StateError(
-            f"model.config.quantization_config is set ({type(model.config.quantization_config).__name__}); quantized "
-            "weights cannot be saved with a pruning configuration; call pp_fx.restore(model) first"
-        )
-    settings = ProbePruningHfConfig(config, history_file=holds_history(model))
+    within = getattr(model.config, "quantization_config", None)
+    settings = ProbePruningHfConfig(config, history_file=holds_history(model), quantization=within)
     if quantization_config:
         model.config.quantization_config = settings
     try:
         type(model).save_pretrained(model, save_directory, **kwargs)
     finally:
-        if quantization_config:
+        if within is not None:
+            model.config.quantization_config = within
+        elif quantization_config:
             del model.config.quantization_config
     if not kwargs.get("is_main_process", True):
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..layouts import is_plain, take_columns, take_rows
 from ..rewrite.layer import layers_of
 from ..runtime.modes import selections_kept
 from ..runtime.selections import selections_on
@@ -58,7 +59,7 @@ def static_copies(model: nn.Module, pruned: nn.Module, ids: Tensor) -> StaticCop
         for part in (*group.inputs, group.output):
             linear: Any = copies.cut.get_submodule(name).get_submodule(part.path.rpartition(".")[0])
             axis = 1 if part is group.output else 0
-            linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, kept), requires_grad=False)
+            linear.weight = nn.Parameter(_taken(linear.weight.detach(), axis, kept), requires_grad=False)
             setattr(linear, "in_features" if axis else "out_features", len(kept))
         output = copies.masked.get_submodule(name).get_submodule(group.output.path.rpartition(".")[0])
         _mask(output, kept)
@@ -68,6 +69,12 @@ def static_copies(model: nn.Module, pruned: nn.Module, ids: Tensor) -> StaticCop
 def _copy(model: nn.Module) -> nn.Module:
     """A copy that shares the weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _taken(weight: Tensor, axis: int, kept: Tensor) -> Tensor:
+    if is_plain(weight):
+        return weight.index_select(axis, kept)
+    return take_columns(weight, kept) if axis else take_rows(weight, kept)
 
 
 def _mask(output: Any, kept: Tensor) -> None:

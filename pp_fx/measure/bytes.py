@@ -9,6 +9,7 @@ from torch import nn
 
 from ..groups.group import Group
 from ..groups.projections import Projection
+from ..layouts import stored_bytes
 from ..rewrite.layer import layers_of, settings_of
 from ..runtime.state import GroupState
 from .macs import head_size, running_units
@@ -39,7 +40,7 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
     sticky = settings.decode != "dense" and not settings.steps
     few = settings.decode == "step" or batch <= (settings.step_batch or 0)
     for layer in layers_of(model):
-        sizes = {n: p.numel() * p.element_size() for n, p in layer.named_parameters()}
+        sizes = {n: stored_bytes(p) for n, p in layer.named_parameters()}
         dense += sum(sizes.values())
         pruned += sum(sizes.values())
         for kind, kept in running_units(layer, tokens).items() if sticky else ():
@@ -62,7 +63,7 @@ def _left_out(group: Group, state: GroupState, sizes: dict[str, int], batch: int
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters (shared ones once)."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(map(stored_bytes, model.parameters()))
 
 
 def state_bytes(model: nn.Module) -> int:

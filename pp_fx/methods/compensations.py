@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..layouts import is_plain, take_columns, widened
 
 CompensationName = Literal["mean", "least_squares"]
 
@@ -82,7 +83,9 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
         ridge: not used.
     """
     dropped = _mean(known).index_fill(0, known.kept, 0).to(weight.dtype)
-    if weight.is_cuda:  # a matrix of one row goes to cuBLAS; of a vector the compiler makes a slow sum
+    if weight.is_cuda or not is_plain(
+        weight
+    ):  # a matrix of one row goes to cuBLAS; of a vector the compiler makes a slow sum
         return Compensation(torch.nn.functional.linear(dropped[None], weight)[0], None)
     return Compensation(torch.nn.functional.linear(dropped, weight), None)
 
@@ -108,7 +111,9 @@ def least_squares(weight: Tensor, known: Known, ridge: float) -> Compensation:
     # the two wide products in bf16 where the weight is; fp16 could overflow
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     rows = torch.cat([factor, mu[None]]).index_select(1, dropped).to(dtype)
-    if weight.dtype == dtype and not known.exports and kernels.large(weight.t(), dropped):
+    if not is_plain(weight):
+        products = (rows @ widened(take_columns(weight, dropped)).t().to(dtype)).float()
+    elif weight.dtype == dtype and not known.exports and kernels.large(weight.t(), dropped):
         products = kernels.gather_output(rows, weight.t(), dropped).float()
     else:
         products = (rows @ kernels.kept_rows(weight.t(), dropped, known.exports).to(dtype)).float()

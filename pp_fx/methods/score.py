@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layouts import widened
+
 _CHUNK = 1024
 
 
@@ -58,6 +60,6 @@ SCORES: dict[str, Score] = {}
 def column_sum(weight: Tensor, power: int) -> Tensor:
     """Sum over the rows of |W[:, j]|^power in fp32, without an fp32 copy of the weight: [H, C] -> [C]."""
     total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for rows in torch.split(weight.detach(), _CHUNK):
+    for rows in torch.split(widened(weight.detach()), _CHUNK):
         total += rows.float().abs().pow(power).sum(0)
     return total

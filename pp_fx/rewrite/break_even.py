@@ -67,7 +67,7 @@ def break_even(ratios: dict[int, float]) -> float:
 
 
 def _key(layer: Any, config: Any, sizes: tuple[int, ...]) -> tuple:
-    shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in layer.named_parameters())
+    shapes = tuple((n, type(p), tuple(p.shape), p.dtype, p.device) for n, p in layer.named_parameters())
     kept = tuple((kind, state.kept_units) for kind, state in layer.states().items())
     return layer.original_class, shapes, kept, config, sizes, torch.get_num_threads()
 

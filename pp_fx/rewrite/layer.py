@@ -21,7 +21,9 @@ from ..errors import StateError
 from ..groups.group import Group
 from ..groups.projections import Projection
 from ..kernels.coded import Coded, encode
+from ..layouts import is_plain, widened
 from ..methods.score import column_sum
+from ..runtime.modes import put_back
 from ..runtime.names import LAYER, state_name
 from ..runtime.plan import LayerInfo
 from ..runtime.state import GroupState
@@ -32,8 +34,13 @@ _versions = count(1)
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
-    """The Python function of a graph, `forward(self, *inputs)`; its source shows up in tracebacks."""
-    code = graph.python_code("self")
+    """The Python function of a graph, `forward(self, *inputs)`; its source shows up in tracebacks.
+
+    Linear layers are called as torch's function, which quantized weights define and `aten.linear` is taken apart for.
+    """
+    linears = [node for node in graph.nodes if node.target is torch.ops.aten.linear.default]
+    with put_back(linears, target=torch.nn.functional.linear):
+        code = graph.python_code("self")
     filename = f"<pp_fx {name} {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
     namespace = dict(code.globals)
@@ -128,7 +135,8 @@ def uninstall(layer: nn.Module) -> None:
             with torch.inference_mode(False), torch.no_grad():
                 for path in layer.groups[kind].gathered_by_column:
                     weight = layer.get_parameter(path)
-                    weight.data = weight.data.contiguous()
+                    if is_plain(weight):
+                        weight.data = weight.data.contiguous()
         delattr(layer, state_name(kind))
     hooks = layer._load_state_dict_post_hooks
     for key in [k for k, hook in hooks.items() if hook is _refresh_after_load]:
@@ -195,7 +203,7 @@ def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) ->
         total = torch.zeros(width, dtype=torch.float32, device=output_weight(layer, group).device)
         for part in group.inputs or group.read:
             stored = layer.get_parameter(part.path)
-            weight = stored.t() if part.transposed else stored
+            weight = stored.t() if part.transposed else widened(stored)
             if weight.shape[1] == width:
                 total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)
         return total if total.is_meta or bool(total.any()) else torch.ones_like(total)
@@ -208,6 +216,7 @@ def coded_gate(layer: Any, kind: Kind, settings: ProbePruningConfig) -> Coded | 
         return None
     weight: Tensor = layer.get_parameter(gate.path)
     weight = weight.t() if gate.transposed else weight
+    weight = widened(weight)
     return encode(weight if gate.range is None else weight[slice(*gate.range)], int(settings.step_probe[3:]))
 
 
@@ -219,8 +228,11 @@ def _lay_out(weight: nn.Parameter, steps: bool) -> None:
     """Keep the shape, but let the memory hold the transpose where columns are read as contiguous rows.
 
     An accelerator gathers them so, and a decode step by token reads them so everywhere. Else a CPU multiplies more
-    slowly with transposed weights than it gathers columns (docs/research/speed.md, section 3).
+    slowly with transposed weights than it gathers columns (docs/research/speed.md, section 3). Quantized weights lie as
+    the library that multiplies with them wants it.
     """
+    if not is_plain(weight):
+        return
     turned = steps or weight.device.type != "cpu"
     if (weight.t() if turned else weight).is_contiguous():
         return

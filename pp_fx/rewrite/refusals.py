@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import Kind, ProbePruningConfig, as_config
 from ..errors import ConfigError, StateError, UnsupportedModelError
+from ..layouts import codes_of, is_plain
 from ..runtime import model_calls
 from .layer import is_transformed
 
@@ -95,6 +96,31 @@ def warn_odd(config: ProbePruningConfig, model: nn.Module) -> None:
             "than those of all channels: leave round_to out, or give a multiple of 8",
             stacklevel=4,
         )
+
+
+def warn_slow_steps(prepared: Any) -> None:
+    """Warn of decode steps that save nothing, because no kernel reads the weights that a token chooses of.
+
+    Args:
+        prepared: of every layer the layer, its class and its states.
+    """
+    for layer, cls, states in prepared:
+        if "mlp" not in states or not states["mlp"].steps:
+            continue
+        weights = [layer.get_parameter(path) for path in cls.groups["mlp"].weights]
+        if weights[0].device.type != "cpu":
+            return
+        odd = next((w for w in weights if not is_plain(w) and codes_of(w) is None), None)
+        if odd is None and len({is_plain(w) for w in weights}) > 1:
+            odd = next(w for w in weights if not is_plain(w))
+        if odd is not None:
+            warnings.warn(
+                f"decode steps that choose channels take the dense model's time: their kernels read MLPs of ordinary "
+                f"or of int8 weights alone, these hold {type(odd).__name__}; quantize all of an MLP to int8, or choose "
+                "decode='sticky' or 'dense'",
+                stacklevel=4,
+            )
+            return
 
 
 def warn_dense(model: nn.Module, structures: Any, carried: dict[Kind, list[float]]) -> None:

@@ -6,9 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..capture.calls import masks_are_inverted, record_calls
 from ..capture.layers import structure_key
@@ -17,6 +15,7 @@ from ..capture.trace import capture_layer
 from ..config import Kind, ProbePruningConfig
 from ..errors import UnsupportedModelError
 from ..groups.group import Group
+from ..layouts import refusal
 from ..passes import BlockGraph, probe_pruning
 from ..runtime.model_calls import register_attention
 from .layer import block_class, compile_graph
@@ -100,12 +99,8 @@ def _find_structures(
 
 
 def _refuse_quantized(layers: nn.ModuleList) -> None:
-    """Rows of a weight can be taken only where it is an ordinary tensor of numbers."""
+    """Rows and columns can be taken of ordinary tensors, and of quantized ones with a layout (`pp_fx.layouts`)."""
     for name, tensor in (*layers.named_parameters(), *layers.named_buffers()):
-        kind = type(tensor).__name__
-        packed = tensor.ndim == 2 and tensor.dtype in (torch.int8, torch.uint8, torch.int32)
-        if packed or not (type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)):
-            raise UnsupportedModelError(
-                f"{name} of the decoder layers is a {kind} of {tensor.dtype}: quantized or distributed weights "
-                "cannot be pruned; load the model unquantized (or model.dequantize()) on one device before transform"
-            )
+        why = refusal(tensor)
+        if why is not None:
+            raise UnsupportedModelError(f"{name} of the decoder layers {why}")

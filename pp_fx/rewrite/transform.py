@@ -29,6 +29,7 @@ from .refusals import (
     refuse_router_logits,
     warn_dense,
     warn_odd,
+    warn_slow_steps,
 )
 from .structures import Structure, find_structures
 from .verify import compare_layers, run_layers
@@ -80,6 +81,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         prepared.append((layer, structure.cls, states))
     limit_compact(prepared, config)
     warn_odd(settings, model)
+    warn_slow_steps(prepared)
     owner, holder = next(_owners), model.get_submodule(path.rpartition(".")[0])
     done: list[nn.Module] = []
     try:

@@ -63,7 +63,7 @@ def random_call(layer: nn.Module, call: Any, cache: Cache | None) -> tuple[tuple
     args, kwargs = pytree.tree_map_only(Cache, lambda _: cache, call)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(weight.device), (args, kwargs))
     hidden = args[0] if args else kwargs["hidden_states"]
-    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    random = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     return ((random, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": random})
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import Kind, ProbePruningConfig
 from ..groups.group import Group
+from ..layouts import stored_bytes
 
 
 def carried_ratios(config: ProbePruningConfig, layers: int) -> dict[Kind, list[float]]:
@@ -55,4 +56,4 @@ def _compact_size(layer: nn.Module, group: Group, kept: int) -> float:
     shares = [(p, p.share * kept / group.units) for p in (*group.inputs, group.output)]
     shares += [(p, p.share) for p in group.whole]
     weights = [(layer.get_parameter(p.path), share) for p, share in shares]
-    return sum(w.numel() * w.element_size() * share for w, share in weights)
+    return sum(stored_bytes(w) * share for w, share in weights)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.packed_linear import needs_torch, pack, packed_linear, packs, unpack
-from .buffers import keep
+from ..layouts import is_plain, map_parts
+from .buffers import keep, own
 
 
 class CompactLinear(NamedTuple):
@@ -41,11 +42,24 @@ def make_compact(
         changed: bool scalar; where it is false, `old` stays.
     """
     kept_bias = None if bias is None else keep(old.bias if old else None, bias, changed)
+    if not is_plain(weight):
+        return CompactLinear(_kept_parts(weight, old.weight if old else None, changed), kept_bias)
     if packs(weight):
         weight = weight if changed is None or old is None else torch.where(changed, weight, rows_of(old))
         return CompactLinear(pack(weight), kept_bias, True)
     former = old.weight if old and not old.packed else None
     return CompactLinear(weight if former is weight else keep(former, weight, changed), kept_bias)
+
+
+def _kept_parts(weight: Tensor, old: Tensor | None, changed: Tensor | None) -> Tensor:
+    """A quantized weight, part by part in the memory of the old one; a compiled call makes new memory."""
+    if old is None or type(old) is not type(weight):
+        return map_parts(own, weight)
+    if not torch.compiler.is_compiling():
+        return map_parts(lambda new, held: keep(held, new, changed), weight, old)
+    if changed is not None:
+        weight = map_parts(lambda new, held: torch.where(changed, new, held), weight, old)
+    return map_parts(own, weight)
 
 
 def rows_of(linear: CompactLinear) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layouts import is_plain
 from ..methods import COMPENSATIONS, Compensation, Known
 from ..methods.compensations import least_squares_or_mean
 from ..process_settings import without_autocast
@@ -27,7 +28,7 @@ def compensate(
     if selection is None or state.compensation is None:
         return None
     if selection.uncompensated:
-        return selection.compensate(_compensation(state, selection, z, rows, weight, plan))
+        return selection.compensate(_compensation(state, selection, z, rows, weight, plan), is_plain(weight))
     return selection.compensation  # None where compact weights hold it
 
 

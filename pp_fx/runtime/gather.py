@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.packed_linear import packs
+from ..layouts import is_plain, take_columns
 from ..methods import Compensation
 from .compact import CompactLinear, compact_linear
 from .plan import Plan
@@ -112,7 +113,10 @@ def whole_rows(
 
 
 def _hold(selection: Selection, x: Tensor, parts: list[Part], pruned: int | None) -> tuple[Tensor, ...]:
-    """Gather the stacked projections as decode steps read them, and run the first `pruned` of them (None: all)."""
+    """Gather the projections as decode steps read them, and run the first `pruned` of them (None: all)."""
+    if not all(is_plain(weight) for weight, _, _ in parts):  # what is quantized is multiplied as it was, one by one
+        linears = [selection.hold_input(*_rows(*part), position) for position, part in enumerate(parts)]
+        return tuple(compact_linear(x, linear) for linear in linears[:pruned])
     old = selection.inputs[0][0] if selection.inputs else None
     weight, bias, sizes = _stack(parts, old)
     linear = selection.hold_inputs(weight, bias, sizes)
@@ -153,15 +157,36 @@ def gather_columns(
         return step
     if selection is None:
         return F.linear(z, weight, bias)
+    if not is_plain(weight):
+        return _quantized_columns(selection, z, weight, bias, compensation)
     if selection.compacts and not selection.output_due:
         return compact_linear(z, selection.output)  # type: ignore[arg-type]
     if compensation is not None:
         bias = compensation.vector if bias is None else bias + compensation.vector
     if selection.compacts:
         kept = _corrected(_kept_columns(weight, selection), compensation)
-        return compact_linear(z, selection.hold_output(kept.t(), bias))
+        return compact_linear(z, selection.hold_output(kept, bias))
     selection.settle()
     return _compensated(selection, z, weight, bias, compensation)
+
+
+def _quantized_columns(
+    selection: Selection, z: Tensor, weight: Tensor, bias: Tensor | None, compensation: Compensation | None
+) -> Tensor:
+    """As `gather_columns`; the compensation stays beside the weight, since no correction goes into rounded numbers."""
+    if not selection.compacts:
+        selection.settle()
+        out = F.linear(z, take_columns(weight, selection.columns), bias)
+    elif selection.output_due:
+        out = compact_linear(z, selection.hold_output(take_columns(weight, selection.columns), bias))
+    else:
+        out = compact_linear(z, selection.output)  # type: ignore[arg-type]
+    if compensation is None:
+        return out
+    low = z
+    for factor in compensation.correction or ():
+        low = low @ factor
+    return out + compensation.vector if low is z else out + compensation.vector + low
 
 
 def _compensated(
@@ -178,28 +203,28 @@ def _compensated(
         out = kernels.gather_output(rows, weight.t(), selection.columns)
         out = out if bias is None else out + bias
     else:
-        adds = None if to_rows else compensation
-        out = F.linear(rows, _corrected(_kept_columns(weight, selection), adds).t(), bias)
+        columns = _kept_columns(weight, selection)
+        out = F.linear(rows, columns if to_rows else _corrected(columns, compensation), bias)
     if to_rows:
         out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
     return out.view(*z.shape[:-1], hidden)
 
 
 def _corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
-    """Kept columns [kept, H] with the compensation's correction, in the same memory layout."""
+    """Kept columns [H, kept] with the compensation's correction, in the same memory layout."""
     if compensation is None or compensation.correction is None:
         return kept
     factors = compensation.correction
     if len(factors) == 1:
-        return kept + factors[0]
-    if kept.stride(-1) == 1:
-        return torch.addmm(kept, *factors)
-    return torch.addmm(kept.t(), factors[1].t(), factors[0].t()).t()
+        return kept + factors[0].t()
+    if kept.stride(0) == 1:
+        return torch.addmm(kept.t(), *factors).t()
+    return torch.addmm(kept, factors[1].t(), factors[0].t())
 
 
 def _at_once(selection: Selection, weight: Tensor) -> bool:
     """Whether one operator gathers and multiplies: kept rows read in place, or copies too large to be kept waiting."""
-    if selection.compacts or selection.exports:
+    if selection.compacts or selection.exports or not is_plain(weight):
         return False
     return selection.in_place or kernels.large(weight, selection.columns)
 
@@ -211,13 +236,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tens
 
 
 def _kept_columns(weight: Tensor, selection: Selection) -> Tensor:
-    """[H, C] -> [kept, H], in the memory layout of the weight."""
+    """[H, C] -> [H, kept], in the memory layout of the weight."""
     width = selection.columns.shape[0] // selection.kept.shape[0]
     if width == 1 or selection.exports:
-        return kernels.kept_rows(weight.t(), selection.columns, selection.exports)
+        return kernels.kept_rows(weight.t(), selection.columns, selection.exports).t()
     # all columns of a head at a time: compilers would compute the index of every element anew
     heads: Tensor = weight.unflatten(1, (-1, width)).index_select(1, selection.kept)
-    return heads.flatten(1).t()
+    return heads.flatten(1)
 
 
 def _index(rows: Rows, columns: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layouts import widened
 from ..process_settings import without_autocast
 from .plan import Plan
 from .probe import ProbeRows, sample_rows
@@ -44,7 +45,7 @@ def output_gram(
             mean = z.sum(0) / count
         dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         heads = ((z - mean) * scale.sqrt()[:, None]).to(dtype).unflatten(1, (units, -1)).transpose(0, 1)
-        blocks = weight.t().to(dtype).unflatten(0, (units, -1))
+        blocks = widened(weight).t().to(dtype).unflatten(0, (units, -1))
         # a file holds each weight once, transposed; elsewhere a product the other way round would copy the weight
         products = heads @ blocks if exports else blocks.transpose(1, 2) @ heads.transpose(1, 2)
         outputs: Tensor = products.flatten(1).float()

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..layouts import stored_bytes
 from ..methods import Compensation
 from .buffers import keep, own
 from .compact import CompactLinear, make_compact
@@ -43,6 +44,7 @@ class Selection:
         output: the kept columns of the output projection with the compensation in its weight and bias, or None.
         inputs_due, output_due: whether they have to be gathered for the present choice.
         uncompensated: whether the present choice has no compensation yet.
+        folds: whether the compensation can go into compact weights; quantized ones take no correction.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Selection:
         self.inputs_due = True
         self.output_due = True
         self.uncompensated = True
+        self.folds = True
 
     @classmethod
     def given(
@@ -99,13 +102,13 @@ class Selection:
         """The cache was emptied: the choice no longer counts, its memory waits for the next one."""
         self.current = False
 
-    def compensate(self, made: Compensation) -> Compensation:
-        """Keep what stands in for the dropped units; compact weights will take it in."""
-        old = self.compensation
-        if self.changed is not None and self.output is None and old is not None:
+    def compensate(self, made: Compensation, folds: bool) -> Compensation:
+        """Keep what stands in for the dropped units; compact weights will take it in if it `folds`."""
+        old, self.folds = self.compensation, folds
+        if self.changed is not None and not (self.output is not None and folds) and old is not None:
             made = made.where(self.changed, old)
         self.uncompensated = False
-        self.compensation = _kept(made, old) if self.holds and not self.compacts else made
+        self.compensation = _kept(made, old) if self.holds and not (self.compacts and folds) else made
         return self.compensation
 
     def pass_inputs(self, linears: list[CompactLinear]) -> None:
@@ -119,11 +122,21 @@ class Selection:
         self.inputs, self.inputs_due = [(linear, sizes)], False
         return linear
 
+    def hold_input(self, weight: Tensor, bias: Tensor | None, position: int) -> CompactLinear:
+        """Keep the rows of one input projection [k, H] by itself."""
+        held = [] if self.inputs is None else self.inputs
+        old = held[position][0] if position < len(held) else None
+        made = make_compact(weight, bias, old), [weight.shape[0]]
+        self.inputs, self.inputs_due = [*held[:position], made, *held[position + 1 :]], False
+        return made[0]
+
     def hold_output(self, weight: Tensor, bias: Tensor | None) -> CompactLinear:
-        """Keep the kept columns of the output projection [H, k], compensation included."""
+        """Keep the kept columns of the output projection [H, k], the compensation included if it `folds`."""
         exports = self.exports  # the graph's runtime has a layout of its own
         made = CompactLinear(weight, bias) if exports else make_compact(weight, bias, self.output, self.changed)
-        self.output, self.output_due, self.compensation, self.changed = made, False, None, None
+        self.output, self.output_due, self.changed = made, False, None
+        if self.folds:
+            self.compensation = None
         return made
 
 
@@ -203,4 +216,4 @@ def compact_bytes(cache: Any) -> int:
         return 0
     pairs = [pair for s in found.all() for pair in (*(linear for linear, _ in s.inputs or ()), s.output)]
     tensors = [t for pair in pairs if pair is not None for t in pair if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(map(stored_bytes, tensors))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Kind, ProbePruningConfig
 from ..kernels.coded import Coded
+from ..layouts import codes_of
 from ..methods import SCORES, column_sum
 from .names import rows_name
 
@@ -33,6 +34,8 @@ class GroupState(nn.Module):
         kept_units: how many units a selection keeps; a fixed Python int, so that every shape is static.
         step_units: how many channels each token of a decode step runs; all where tokens do not choose for themselves.
         coded: of a gated MLP that ranks by one, the copy of its gate projection's weight (`pp_fx.kernels.coded`).
+        output_codes: int8 [C, H], a copy of an int8 output projection, transposed, of which the tokens of decode steps
+            read rows; None without steps, and of a weight that lies so itself.
         column_norm: fp32 [C], the norm of each channel's column of the output projection; None without steps.
         factor: of a gated MLP, gate projection [.., C] -> what the up projection is multiplied by.
         column: fp32 [units, width], what the score precomputes of the output projection.
@@ -55,6 +58,7 @@ class GroupState(nn.Module):
 
     column: Tensor
     column_norm: Tensor | None
+    output_codes: Tensor | None
     gate_codes: Tensor | None
     gate_scales: Tensor | None
     reach: Tensor | None
@@ -104,7 +108,7 @@ class GroupState(nn.Module):
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
             buffer("column_norm", _norms(weight) if self.steps else None)
-            for key in ("gate_codes", "gate_scales"):
+            for key in ("output_codes", "gate_codes", "gate_scales"):
                 buffer(key, None)
             buffer("reach", reach if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
@@ -149,6 +153,9 @@ class GroupState(nn.Module):
             if self.steps:
                 self.column_norm = _norms(weight)
                 self.gate_codes, self.gate_scales = coded or (None, None)
+                codes = codes_of(weight.detach())
+                read = codes is not None and weight.device.type == "cpu"
+                self.output_codes = codes.numbers.t().contiguous() if read else None  # type: ignore[union-attr]
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)

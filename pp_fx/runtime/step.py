@@ -7,11 +7,14 @@ projections run. Nothing is remembered from call to call, and no token's choice 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import strongest
 from ..kernels.coded import coded_rows
+from ..layouts import codes_of, is_plain
 from ..process_settings import without_autocast
 from .plan import Plan
 from .state import GroupState
@@ -35,23 +38,30 @@ def gated_step(
     """
     if not steps(state, plan):
         return None
-    rows = x.flatten(0, -2)
-    native = not plan.exports and strongest.serves(weight, rows.shape[0])
+    rows, count = x.flatten(0, -2), state.step_units
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
-    linear = strongest.linear_rows if native else F.linear
+    read = None if plan.exports else _read(state, rows.shape[0], weight, gate_weight, up_weight)
     if state.coded is None:
-        factor = _factor(state, linear(rows, gate_weight, gate_bias))
+        gated = F.linear(rows, gate_weight, gate_bias) if read is None else _linear_rows(rows, read[1], gate_bias)
+        factor = _factor(state, gated)
         strength = _strength(state, factor)
     else:
         ranked = coded_rows(rows, state.coded)
         strength = _strength(state, _factor(state, ranked if gate_bias is None else ranked + gate_bias))
-        if native:
-            exact = strongest.chosen_rows(strength, rows, gate_weight, gate_bias, state.step_units)
-        else:
+        if read is None:
             exact = F.linear(rows, gate_weight, gate_bias)
+        else:
+            exact = strongest.chosen_rows(strength, rows, read[1].numbers, gate_bias, count, read[1].scales)
         factor = _factor(state, exact)
-    product = strongest.strongest if native or plan.exports else strongest.plain_strongest
-    out = product(strength, factor, rows, up_weight, up_bias, weight.t(), bias, state.step_units)
+    if plan.exports:
+        out = strongest.strongest(strength, factor, rows, up_weight, up_bias, weight.t(), bias, count)
+    elif read is None:
+        z = factor * F.linear(rows, up_weight, up_bias)
+        out = F.linear(strongest.masked(strength, z, count), weight, bias)
+    else:
+        down, _, up_read = read
+        given = up_read.numbers, up_bias, down.numbers, bias, count, up_read.scales, down.scales
+        out = strongest.strongest(strength, factor, rows, *given)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -68,10 +78,15 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
     if not steps(state, plan):
         return None
     rows = z.flatten(0, -2)
-    strength = _strength(state, rows)
-    at_once = plan.exports or strongest.serves(weight, rows.shape[0])
-    product = strongest.strongest if at_once else strongest.plain_strongest
-    out = product(strength, rows, rows, None, None, weight.t(), bias, state.step_units)
+    strength, count = _strength(state, rows), state.step_units
+    read = None if plan.exports else _read(state, rows.shape[0], weight)
+    if plan.exports:
+        out = strongest.strongest(strength, rows, rows, None, None, weight.t(), bias, count)
+    elif read is None:
+        out = F.linear(strongest.masked(strength, rows, count), weight, bias)
+    else:
+        given = read[0].numbers, bias, count, None, read[0].scales
+        out = strongest.strongest(strength, rows, rows, None, None, *given)
     return out.view(*z.shape[:-1], -1)
 
 
@@ -91,6 +106,31 @@ def _strength(state: GroupState, factor: Tensor) -> Tensor:
     """|factor| times the norm of the channel's output column: fp32 [N, C]."""
     assert state.column_norm is not None
     return factor.float().abs() * state.column_norm
+
+
+class _Read(NamedTuple):
+    """A weight as the kernels read it: of the input's dtype, or int8 numbers and fp32 scales."""
+
+    numbers: Tensor
+    scales: Tensor | None
+
+
+def _read(state: GroupState, tokens: int, output: Tensor, *inputs: Tensor) -> list[_Read] | None:
+    """An MLP's weights as kernels read them, the output projection's transposed; None where torch's products run."""
+    weights = output, *inputs
+    if not all(strongest.serves(weight, tokens) for weight in weights):
+        return None
+    if all(map(is_plain, weights)):
+        return [_Read(output.t(), None), *(_Read(weight, None) for weight in inputs)]
+    codes = [codes_of(weight) for weight in weights]
+    if state.output_codes is None or any(one is None for one in codes):
+        return None
+    scales = [one.scales for one in codes]  # type: ignore[union-attr]
+    return [_Read(state.output_codes, scales[0]), *(_Read(*one) for one in codes[1:])]  # type: ignore[misc]
+
+
+def _linear_rows(x: Tensor, weight: _Read, bias: Tensor | None) -> Tensor:
+    return strongest.linear_rows(x, weight.numbers, bias, weight.scales)
 
 
 def _rows(part: Part) -> tuple[Tensor, Tensor | None]:

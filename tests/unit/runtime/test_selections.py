@@ -39,8 +39,8 @@ def test_a_held_choice_is_written_into_the_memory_of_the_one_before():
     second = kept(1, 3)
     selection.choose(second, second, 1, None)
     assert selection.kept.data_ptr() == address
-    made = selection.compensate(Compensation(torch.ones(4), None))
-    assert selection.compensate(Compensation(torch.zeros(4), None)).vector is made.vector
+    made = selection.compensate(Compensation(torch.ones(4), None), folds=True)
+    assert selection.compensate(Compensation(torch.zeros(4), None), folds=True).vector is made.vector
 
 
 def test_a_choice_that_does_not_count_leaves_the_old_one():

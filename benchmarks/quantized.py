@@ -1,0 +1,148 @@
+"""Pruned, quantized, or both: perplexity, solved problems and time of one model's decoder layers in bf16 and int8.
+
+    python benchmarks/quantized.py MODEL --text-dir wikitext-2 --out benchmarks/results/quantized
+
+MODEL is a folder, hub id or GGUF file; the folder holds test.txt and valid.txt of WikiText-2. int8: torchao's
+Int8WeightOnlyConfig, a scale for each output row, of the decoder layers. Perplexity: 8 x 512 tokens of the test text as
+one batch, calibrated on 32 x 512 of the other, history frozen. Time: `pp_fx.bench`, one thread, compiled, both sides
+frozen by Inductor, the decoder blocks; every row interleaved with the dense model of the same weights. Solved: the
+first problems of HumanEval as in generated.py, for `--problems`. `python docs/measured.py` writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from generated import quality, row
+from report import write_json
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import pp_fx
+from pp_fx.bench import bench
+from pp_fx.evaluate import evaluate
+from pp_fx.layouts import stored_bytes
+from pp_fx.measure.humaneval import read_problems, solve
+from pp_fx.models import load
+from pp_fx.text import PYTHON_DOCS, read, sequences
+
+WEIGHTS = ("bf16", "int8")
+RATIOS = (0.1, 0.2, 0.4)
+PHASES: dict[str, dict[str, Any]] = {
+    "decode 1 x 128": {"phase": "decode", "new_tokens": 48, "freezing": True},
+    "prefill 1 x 512": {"phase": "prefill", "freezing": True},
+}
+KEYS = ("dense_ms", "pruned_ms", "ratio", "ideal")
+
+
+def loaded(name: str, weights: str) -> tuple[Any, Any]:
+    """The model with its decoder layers' linear layers in bf16 or int8, and its tokenizer."""
+    model, tokenizer = load(name, torch.bfloat16)
+    if weights == "int8":
+        inside = {id(m) for layer in model.base_model.layers for m in layer.modules() if type(m) is nn.Linear}
+        quantize_(model, Int8WeightOnlyConfig(version=2), lambda module, _: id(module) in inside)
+    return model, tokenizer
+
+
+def timed(model: Any, ids: Tensor, config: pp_fx.ProbePruningConfig, phases: list[str]) -> dict[str, Any]:
+    """Phase -> time and bytes against the dense model of these weights."""
+    found = {}
+    for phase in phases:
+        given = PHASES[phase]
+        length = 128 if given["phase"] == "decode" else 512
+        result = bench(model, ids[:1, :length], config, compiled=True, **given)
+        found[phase] = {key: result[key] for key in KEYS}
+        torch.compiler.reset()
+    return found
+
+
+def perplexity(model: Any, test: Tensor, sample: Tensor, ratio: float, dense: Any) -> dict[str, Any]:
+    """Of a ratio, and how far above the dense model of these weights."""
+    pp_fx.transform(model, pp_fx.ProbePruningConfig(mlp_ratio=ratio))
+    try:
+        pp_fx.calibrate(model, sample)
+        with pp_fx.history_frozen(model):
+            found = evaluate(model, test, len(test))
+    finally:
+        pp_fx.restore(model)
+    return {"ppl": found.ppl, "nll_above_dense": found.nll - dense.nll, "nll_stderr": found.stderr_vs(dense)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--text-dir", type=Path, required=True, help="folder with test.txt and valid.txt")
+    parser.add_argument("--problems", type=int, default=0)
+    parser.add_argument("--prefill", action="store_true", help="time prompts, too: several minutes a row")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized"))
+    options = parser.parse_args()
+    found: dict[str, Any] = {"model": Path(options.model).name, "problems": options.problems, "rows": []}
+    phases = list(PHASES) if options.prefill else list(PHASES)[:1]
+    problems, first = read_problems(options.problems) if options.problems else [], None
+    for weights in track(WEIGHTS, "weights", console=Console(stderr=True)):
+        model, tokenizer = loaded(options.model, weights)
+        test = sequences(read(str(options.text_dir / "test.txt")), tokenizer, 8, 512)
+        sample = sequences(read(str(options.text_dir / "valid.txt")), tokenizer, 32, 512)
+        code = sequences(read(PYTHON_DOCS), tokenizer, 16, 512)
+        dense = evaluate(model, test, len(test), progress=f"{weights}, dense")
+        size = sum(stored_bytes(p) for layer in model.base_model.layers for p in layer.parameters())
+        made: dict[str, Any] = {"weights": weights, "mlp_ratio": 0.0, "block_bytes": size, "ppl": dense.ppl}
+        answers = solve(model, tokenizer, problems, batch=16, new_tokens=256) if problems else None
+        first = answers if first is None else first
+        if answers is not None:
+            made |= row(first, answers)
+        found["rows"].append(made)
+        for ratio in RATIOS:
+            made = {"weights": weights, "mlp_ratio": ratio, **perplexity(model, test, sample, ratio, dense)}
+            found["rows"].append(made | timed(model, code, pp_fx.ProbePruningConfig(mlp_ratio=ratio), phases))
+            if answers is not None and ratio == 0.2:
+                way = {"mlp_ratio": ratio, "decode": "step"}
+                found["rows"][-1] |= row(first, quality(model, tokenizer, problems, 16, way, code))
+            write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
+        del model
+    _add_times_of_dense(found["rows"], phases)
+    write_json(options.out.with_suffix(".json"), found)
+    _plot(options.out.with_suffix(".png"), found)
+
+
+def _add_times_of_dense(rows: list[dict[str, Any]], phases: list[str]) -> None:
+    """Every row's time against dense bf16; a dense model's is the median over the runs that it was measured in."""
+    for phase in phases:
+        alone = {}
+        for weights in WEIGHTS:
+            runs = [r[phase]["dense_ms"] for r in rows if r["weights"] == weights and phase in r]
+            alone[weights] = sorted(runs)[len(runs) // 2]
+        for made in rows:
+            ratio = made[phase]["ratio"] if phase in made else 1.0
+            made.setdefault(phase, {})["against_bf16"] = ratio * alone[made["weights"]] / alone["bf16"]
+
+
+def _plot(file: Path, found: dict[str, Any]) -> None:
+    """Perplexity against the time of a decode step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    for weights, color in zip(WEIGHTS, ("#2a6f97", "#e8590c"), strict=True):
+        rows = [r for r in found["rows"] if r["weights"] == weights]
+        x, y = [r["decode 1 x 128"]["against_bf16"] for r in rows], [r["ppl"] for r in rows]
+        axes.plot(x, y, marker="o", color=color, label=weights)
+        for a, b, made in zip(x, y, rows, strict=True):
+            axes.annotate(f"{made['mlp_ratio']:.0%}", (a, b), xytext=(5, 4), textcoords="offset points", size=8)
+    axes.set_xlabel("time of a decode step, dense bf16 = 1")
+    axes.set_ylabel("perplexity, WikiText-2")
+    axes.set_title(found["model"])
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
