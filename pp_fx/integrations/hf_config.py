@@ -55,11 +55,10 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.config = as_config(fields if config is None else config)
         self.history_file = history_file
-        if isinstance(quantization, dict):
-            quantization = AutoQuantizationConfig.from_dict(quantization)
-        if isinstance(quantization, ProbePruningHfConfig):
+        within = AutoQuantizationConfig.from_dict(quantization) if isinstance(quantization, dict) else quantization
+        if isinstance(within, ProbePruningHfConfig):
             raise ConfigError("quantization=ProbePruningHfConfig quantizes nothing; give TorchAoConfig, or None")
-        self.quantization = quantization
+        self.quantization: QuantizationConfigMixin | None = within
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> ProbePruningHfConfig:
