@@ -183,10 +183,12 @@ def _quantized_columns(
         out = compact_linear(z, selection.output)  # type: ignore[arg-type]
     if compensation is None:
         return out
-    low = z
-    for factor in compensation.correction or ():
-        low = low @ factor
-    return out + compensation.vector if low is z else out + compensation.vector + low
+    out = out + compensation.vector.to(out.dtype)  # a model that was cast keeps the dtype of its quantized weights
+    if compensation.correction is None:
+        return out
+    for factor in compensation.correction:
+        z = z @ factor.to(z.dtype)
+    return out + z
 
 
 def _compensated(

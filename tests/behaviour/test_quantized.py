@@ -172,6 +172,21 @@ def _strongest(mlp):
     return forward
 
 
+@pytest.mark.parametrize("mode", ["sticky", "step"])
+def test_a_model_that_was_cast_keeps_the_dtype_of_its_weights(mode):
+    """bf16 when it was quantized, fp32 around the weights afterwards: least squares and steps meet both."""
+    model = quantized(tiny_llama().bfloat16(), "int8")
+    changes = {"compensation_min_tokens": 10, "freeze_history": True}
+    config = pp_fx.ProbePruningConfig(0.4, skip_layers=1, round_to=1, decode=mode, **changes)
+    pp_fx.transform(model, config)
+    pp_fx.calibrate(model, IDS, progress=False)
+    rounded = decoded(model)
+    model.float()
+    found = decoded(model)
+    assert (rounded.dtype, found.dtype) == (torch.bfloat16, torch.float32)
+    assert float((found - rounded.float()).abs().mean() / found.abs().mean()) < 0.1
+
+
 def test_weights_of_several_kinds_in_one_mlp():
     """The output projection left as it was, as many recipes do."""
     model = quantized(tiny_llama(), "int8", lambda path: not path.endswith("down_proj"))
