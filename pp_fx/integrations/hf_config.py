@@ -56,8 +56,10 @@ class ProbePruningHfConfig(QuantizationConfigMixin):
         self.config = as_config(fields if config is None else config)
         self.history_file = history_file
         within = AutoQuantizationConfig.from_dict(quantization) if isinstance(quantization, dict) else quantization
-        if isinstance(within, ProbePruningHfConfig):
-            raise ConfigError("quantization=ProbePruningHfConfig quantizes nothing; give TorchAoConfig, or None")
+        if isinstance(within, ProbePruningHfConfig) or not isinstance(within, QuantizationConfigMixin | None):
+            raise ConfigError(
+                f"quantization={type(within).__name__} quantizes nothing; give transformers' TorchAoConfig, or None"
+            )
         self.quantization: QuantizationConfigMixin | None = within
 
     @classmethod

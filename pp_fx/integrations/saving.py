@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.history_file import holds_history, write_history
-from ..errors import InputError
+from ..errors import InputError, StateError
+from ..layouts import is_plain
 from ..process_settings import own_defaults
 from ..rewrite.layer import config_of
 from ..rewrite.transform import SHADOWED
@@ -38,10 +39,17 @@ def save_pretrained(
 
     Raises:
         InputError: `push_to_hub=True`; `model.push_to_hub(repo_id)` sends the whole folder.
+        StateError: weights were quantized in place (`torchao.quantize_`), which transformers does not save.
     """
     if kwargs.pop("push_to_hub", False):
         raise InputError("push_to_hub=True would leave the history behind; call model.push_to_hub(repo_id)")
     config = config_of(model)
+    quantized = next((name for name, p in model.named_parameters() if not is_plain(p)), None)
+    if quantized is not None and not hasattr(model, "hf_quantizer"):
+        raise StateError(
+            f"{quantized} was quantized in place, and transformers saves only what it has quantized itself; load the "
+            "model with from_pretrained(.., quantization_config=TorchAoConfig(..))"
+        )
     within = getattr(model.config, "quantization_config", None)
     settings = ProbePruningHfConfig(config, history_file=holds_history(model), quantization=within)
     if quantization_config:

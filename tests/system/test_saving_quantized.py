@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import pp_fx
-from pp_fx.errors import ConfigError, ExportError
+from pp_fx.errors import ConfigError, ExportError, StateError
 from tests.helpers.models import tiny_llama
-from tests.helpers.quantized import QUANTIZATIONS
+from tests.helpers.quantized import QUANTIZATIONS, quantized
 from tests.helpers.zeroed import PRUNED
 
 IDS = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -65,9 +65,17 @@ def test_a_folder_for_other_tools_holds_the_quantized_model(dense, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
 
 
-def test_a_pruning_is_no_quantization():
-    with pytest.raises(ConfigError, match="quantization=ProbePruningHfConfig"):
-        pp_fx.ProbePruningHfConfig(PRUNED, quantization=pp_fx.ProbePruningHfConfig(PRUNED))
+@pytest.mark.parametrize("wrong", [pp_fx.ProbePruningHfConfig(PRUNED), "int8"])
+def test_what_is_no_quantization_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"quantization={type(wrong).__name__} quantizes nothing"):
+        pp_fx.ProbePruningHfConfig(PRUNED, quantization=wrong)
+
+
+def test_weights_quantized_in_place_cannot_be_saved(tmp_path):
+    model = pp_fx.transform(quantized(tiny_llama(), "int8"), PRUNED)
+    with pytest.raises(StateError, match=r"q_proj\.weight was quantized in place.*TorchAoConfig"):
+        model.save_pretrained(tmp_path / "both")
+    assert not (tmp_path / "both").exists()
 
 
 def test_there_is_no_onnx_form(dense, tmp_path):
