@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+from ..config import ProbePruningConfig
 from .names import LAYER
 from .state import states_of
 
@@ -65,32 +66,30 @@ def guard_lifted(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def auto_steps(layers: Iterable[nn.Module]) -> Iterator[None]:
+def auto_steps(layers: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """Inside the context decode="auto" steps in batches of every size, as an exported graph does.
 
     Args:
         layers: rewritten layers.
     """
-    infos = [layer.__dict__[LAYER] for layer in layers]
-    with put_back(infos, "settings"):
-        for info in infos:
-            if info.settings.decode == "auto":
-                info.settings = dataclasses.replace(info.settings, decode="step")
-        yield
+    return _changed(layers, lambda settings: {"decode": "step"} if settings.decode == "auto" else {})
 
 
-@contextlib.contextmanager
-def selections_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
+def selections_kept(layers: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """Inside the context a KV cache holds what its prompt has selected, whatever decoding makes of it.
 
     Args:
         layers: rewritten layers.
     """
+    dense = {"decode": "dense", "decode_ratio": None, "step_probe": None}
+    return _changed(layers, lambda settings: dense if settings.steps else {})
+
+
+@contextlib.contextmanager
+def _changed(layers: Iterable[nn.Module], changes: Callable[[ProbePruningConfig], dict[str, Any]]) -> Iterator[None]:
+    """Inside the context the layers' settings have the changes that are made of them."""
     infos = [layer.__dict__[LAYER] for layer in layers]
     with put_back(infos, "settings"):
         for info in infos:
-            if info.settings.steps:
-                dense = {"decode": "dense", "decode_ratio": None, "step_probe": None}
-                info.settings = dataclasses.replace(info.settings, **dense)
+            info.settings = dataclasses.replace(info.settings, **changes(info.settings))
         yield
