@@ -83,9 +83,8 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
         ridge: not used.
     """
     dropped = _mean(known).index_fill(0, known.kept, 0).to(weight.dtype)
-    if weight.is_cuda or not is_plain(
-        weight
-    ):  # a matrix of one row goes to cuBLAS; of a vector the compiler makes a slow sum
+    # a matrix of one row goes to cuBLAS, of a vector the compiler makes a slow sum; and torchao wants a matrix
+    if weight.is_cuda or not is_plain(weight):
         return Compensation(torch.nn.functional.linear(dropped[None], weight)[0], None)
     return Compensation(torch.nn.functional.linear(dropped, weight), None)
 

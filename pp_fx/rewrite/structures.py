@@ -57,9 +57,9 @@ def find_structures(
 
     Raises:
         CaptureError: a layer cannot be captured.
-        UnsupportedModelError: a layer holds quantized or distributed weights.
+        UnsupportedModelError: a layer holds weights of which no rows can be taken (packed, distributed).
     """
-    _refuse_quantized(layers)
+    _refuse_weights(layers)
     with _CAPTURING:
         return _find_structures(model, layers, config)
 
@@ -98,7 +98,7 @@ def _find_structures(
     return found, calls[0]
 
 
-def _refuse_quantized(layers: nn.ModuleList) -> None:
+def _refuse_weights(layers: nn.ModuleList) -> None:
     """Rows and columns can be taken of ordinary tensors, and of quantized ones with a layout (`pp_fx.layouts`)."""
     for name, tensor in (*layers.named_parameters(), *layers.named_buffers()):
         why = refusal(tensor)
