@@ -23,6 +23,7 @@ these run. Method: Probe Pruning (arXiv 2502.15618).
 |---|---|
 | kept block MACs, probe, compensation | {macs} |
 | dtype | {dtype} |
+| linear weights | {weights} |
 | opset | {opset} |
 | MLP channels dropped | {mlp} |
 | query heads dropped | {attention} |

@@ -203,15 +203,19 @@ FUNCTIONS = (Solve, CompactLinear, CompactSwiGLU, CompactOutput, Strongest, Stro
 """Operators that may be left in a file; `Boundary` is gone by then."""
 
 
-def add_functions(model: ir.Model) -> None:
+def add_functions(model: ir.Model, functions: tuple[Any, ...] = FUNCTIONS) -> None:
     """Give the model the bodies of the `pp_fx` operators that it calls.
 
     They are attached to the finished model: the exporter's own passes would inline them.
     """
     called = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN}
-    for function in FUNCTIONS:
+    for key in [k for k in model.functions if k[0] == DOMAIN and k[1] not in called]:
+        del model.functions[key]
+    for function in functions:
         if function.name in called:
             body = ir.serde.deserialize_function(function.to_function_proto())
+            for node in ir.traversal.RecursiveGraphIterator(body.graph):  # onnxscript misses what loops call
+                body.opset_imports.setdefault(node.domain, VERSION)
             model.functions[body.identifier()] = body
     if called:
         model.opset_imports[DOMAIN] = VERSION

@@ -97,6 +97,7 @@ class OrtModel(GenerationMixin):
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
         ops_library: str | Path | None = "auto",
         session_options: Any = None,
+        graph: bytes | None = None,
     ) -> OrtModel:
         """Load a folder that `pp_fx.export.onnx` has written.
 
@@ -110,6 +111,7 @@ class OrtModel(GenerationMixin):
             ops_library: native kernels of the `pp_fx` operators: "auto" takes the library that `build_ort_ops` has
                 built, if it has; a path; None runs the operators' function bodies.
             session_options: onnxruntime.SessionOptions to start from.
+            graph: a serialized graph to run in place of the folder's.
 
         Raises:
             InputError: this onnxruntime has no such provider.
@@ -131,7 +133,8 @@ class OrtModel(GenerationMixin):
             check_library(library)
             options.register_custom_ops_library(str(library))
         try:
-            session = onnxruntime.InferenceSession(str(directory / MODEL), options, providers=list(providers))
+            source = str(directory / MODEL) if graph is None else graph
+            session = onnxruntime.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ExportError(f"onnxruntime cannot load {directory / MODEL} ({error})") from error
         config = AutoConfig.from_pretrained(directory)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from onnxscript import ir
 
 from .._version import __version__
+from ..checks import check_choice
 from ..errors import ExportError, InputError, StateError
 from ..layouts import is_plain
 from ..measure.macs import count_macs
@@ -25,7 +26,10 @@ from .functions import add_functions
 from .layers import Layers
 from .merge import merge
 from .outside import Outside
+from .passes.quantize import QuantizeWeights
 from .ports import Port, ports_of
+from .quantized_functions import functions_of
+from .quantized_weights import BITS, Quantized, quantize, rounded_weights
 from .stateful import write_stateful
 from .trace import key_value_shapes, trace_decode, trace_prefill
 
@@ -44,6 +48,7 @@ def onnx(
     opset: int = 23,
     overwrite: bool = False,
     verify: bool = True,
+    weights: Literal["int8", "int4"] | None = None,
 ) -> Path:
     """Write a transformed model as `model.onnx` with everything around it that tools expect.
 
@@ -57,6 +62,8 @@ def onnx(
         opset: of ONNX, 23 or 24.
         overwrite: replace a folder that an earlier export has written.
         verify: run `pp_fx.export.check` against `model` on a few random tokens.
+        weights: round the linear layers' weights to 8 or 4 bits (`quantized_weights`), embeddings, LM head and pruned
+            output projections to 8; `check` then compares with the model of rounded weights. None keeps the dtype.
 
     Returns:
         The folder.
@@ -68,19 +75,40 @@ def onnx(
             onnxruntime gives other logits than torch. Nothing is left behind.
     """
     ports = _check(model, opset)
+    quantized = _quantized(model, weights)
     partial = prepare(directory, overwrite)
     try:
-        graph = build(model, ports, opset)
-        ir.save(graph, partial / MODEL, external_data=DATA, size_threshold_bytes=_SMALL)
-        write_stateful(partial)
-        write_configs(partial, model, tokenizer, _settings(model, ports, opset))
-        if verify:
-            compare_with_torch(partial, model, ports).require()
+        with rounded_weights(model, quantized):
+            graph = build(model, ports, opset)
+            if weights is not None:
+                QuantizeWeights(quantized)(graph)
+                add_functions(graph, functions_of(BITS[weights]))
+            ir.save(graph, partial / MODEL, external_data=DATA, size_threshold_bytes=_SMALL)
+            write_stateful(partial)
+            write_configs(partial, model, tokenizer, _settings(model, ports, opset, weights))
+            if verify:
+                compare_with_torch(partial, model, ports).require()
         finish(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return Path(directory)
+
+
+def _quantized(model: Any, weights: str | None) -> dict[str, Quantized]:
+    """The weights that the file holds in fewer bits."""
+    if weights is None:
+        return {}
+    check_choice("weights", weights, tuple(BITS))
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype != torch.float32:
+        raise ExportError(f"weights={weights!r} needs a model in fp32, this one is {dtype}; call model.float() before")
+    if not settings_of(model).steps:
+        raise ExportError(
+            f"weights={weights!r} needs decode='auto' or 'step', not {settings_of(model).decode!r}: a selection that is "
+            "handed from call to call would travel unquantized"
+        )
+    return quantize(model, weights)  # type: ignore[arg-type]
 
 
 def build(model: Any, ports: list[Port], opset: int) -> ir.Model:
@@ -149,7 +177,7 @@ def _check(model: Any, opset: int) -> list[Port]:
     return ports
 
 
-def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
+def _settings(model: Any, ports: list[Port], opset: int, weights: str | None) -> dict[str, Any]:
     settings = settings_of(model)
     with guard_lifted(layers_of(model)):  # a graph knows no machine
         macs = count_macs(model, 1, 512)
@@ -157,6 +185,7 @@ def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
         "name": type(model).__name__,
         "macs": macs.summary + " (1 x 512 tokens)",
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "weights": weights or "of the dtype",
         "opset": opset,
         "mlp": settings.mlp_ratio,
         "attention": settings.attention_ratio,
@@ -166,6 +195,7 @@ def _settings(model: Any, ports: list[Port], opset: int) -> dict[str, Any]:
         "version": __version__,
         "opset": opset,
         "dtype": card["dtype"],
+        "weights": weights,
         "min_select_tokens": settings.min_select_tokens,
         "calibrated": any(port.state.calibrated for port in ports),
         "config": settings.to_dict(),

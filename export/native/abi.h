@@ -3,8 +3,10 @@
 // Slots and the layout of OrtCustomOp are those of onnxruntime_c_api.h, which only ever appends to them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 struct OrtStatus;
 struct OrtValue;
@@ -52,7 +54,9 @@ namespace ort {
 constexpr uint32_t kApiVersion = 18;        // of the table that is asked for: onnxruntime 1.18 and later have it
 constexpr uint32_t kCustomOpVersion = 17;   // the layout above
 constexpr int kInvalidArgument = 2;         // OrtErrorCode
-constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;  // ONNXTensorElementDataType
+constexpr size_t kTasksOfStep = 8;          // more than most machines have cores left for one token
+// ONNXTensorElementDataType
+constexpr int kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;
 
 enum Slot {
   kCreateStatus = 0,
@@ -115,6 +119,20 @@ inline OrtStatus* output(OrtKernelContext* context, const int64_t* shape, size_t
   const size_t first = 0;
   if (auto* error = call<OrtStatus*>(kKernelContextGetOutput, context, first, shape, rank, &value)) return error;
   return call<OrtStatus*>(kGetTensorMutableData, value, data);
+}
+
+inline OrtStatus* first_error(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t->error) return t->error;
+  return nullptr;
+}
+
+// An output as large as x, but for the last dimension.
+inline OrtStatus* output_like(OrtKernelContext* context, const Tensor& x, size_t last, void** data) {
+  int64_t shape[Tensor::kMaxRank];
+  std::copy(x.shape, x.shape + x.rank, shape);
+  shape[x.rank - 1] = static_cast<int64_t>(last);
+  return output(context, shape, x.rank, data);
 }
 
 // Run `task(i)` for i in [0, count) on the session's own thread pool.

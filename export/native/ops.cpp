@@ -9,6 +9,7 @@
 
 #include "abi.h"
 #include "products.h"
+#include "quantized_ops.h"
 #include "strongest.h"
 
 #ifndef PP_FX_VERSION
@@ -27,12 +28,6 @@ constexpr size_t kMaxSlices = 16;
 constexpr size_t kPartialSums = 1 << 22;  // numbers, all slices together
 constexpr size_t kColumnsOfTask = 64;  // right-hand sides of one task of a solve
 
-OrtStatus* first_error(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors)
-    if (t->error) return t->error;
-  return nullptr;
-}
-
 // x as floats: itself, or a copy in `room`.
 const float* floats(const float* x, size_t, std::vector<float>&) { return x; }
 template <class T>
@@ -40,13 +35,6 @@ const float* floats(const T* x, size_t count, std::vector<float>& room) {
   room.resize(count);
   for (size_t i = 0; i < count; ++i) room[i] = kernels::widen(x[i]);
   return room.data();
-}
-
-OrtStatus* output_like(OrtKernelContext* context, const Tensor& x, size_t last, void** data) {
-  int64_t shape[Tensor::kMaxRank];
-  std::copy(x.shape, x.shape + x.rank, shape);
-  shape[x.rank - 1] = static_cast<int64_t>(last);
-  return ort::output(context, shape, x.rank, data);
 }
 
 // `take(m, n, last, sums)` of every row m of x and every `step`-th result n: the sums of the weight rows `four(n, last)`.
@@ -70,12 +58,12 @@ OrtStatus* products(OrtKernelContext* context, const float* x, size_t rows, size
 template <class T>
 OrtStatus* compact_linear(OrtKernelContext* context) {
   const Tensor x = ort::input(context, 0), weight = ort::input(context, 1);
-  if (auto* error = first_error({&x, &weight})) return error;
+  if (auto* error = ort::first_error({&x, &weight})) return error;
   if (x.rank < 1 || weight.rank != 2 || weight.last() != x.last())
     return ort::invalid("pp_fx.CompactLinear: X [..., H] and weight [k, H] do not fit each other");
   const size_t depth = x.last(), rows = x.rows(), width = static_cast<size_t>(weight.shape[0]);
   void* out = nullptr;
-  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (auto* error = ort::output_like(context, x, width, &out)) return error;
   if (!rows || !width) return nullptr;
   std::vector<float> room;
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
@@ -94,13 +82,13 @@ OrtStatus* compact_linear(OrtKernelContext* context) {
 template <class T>
 OrtStatus* compact_swiglu(OrtKernelContext* context) {
   const Tensor x = ort::input(context, 0), gate = ort::input(context, 1), up = ort::input(context, 2);
-  if (auto* error = first_error({&x, &gate, &up})) return error;
+  if (auto* error = ort::first_error({&x, &gate, &up})) return error;
   if (x.rank < 1 || gate.rank != 2 || up.rank != 2 || gate.last() != x.last() || up.last() != x.last() ||
       gate.shape[0] != up.shape[0])
     return ort::invalid("pp_fx.CompactSwiGLU: X [..., H], gate [k, H] and up [k, H] do not fit each other");
   const size_t depth = x.last(), rows = x.rows(), width = static_cast<size_t>(gate.shape[0]);
   void* out = nullptr;
-  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (auto* error = ort::output_like(context, x, width, &out)) return error;
   if (!rows || !width) return nullptr;
   std::vector<float> room;
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
@@ -122,12 +110,12 @@ OrtStatus* compact_swiglu(OrtKernelContext* context) {
 template <class T>
 OrtStatus* compact_output(OrtKernelContext* context) {
   const Tensor x = ort::input(context, 0), weight = ort::input(context, 1);
-  if (auto* error = first_error({&x, &weight})) return error;
+  if (auto* error = ort::first_error({&x, &weight})) return error;
   if (x.rank < 1 || weight.rank != 2 || static_cast<size_t>(weight.shape[0]) != x.last())
     return ort::invalid("pp_fx.CompactOutput: X [..., k] and weight [k, H] do not fit each other");
   const size_t depth = x.last(), rows = x.rows(), width = weight.last();
   void* out = nullptr;
-  if (auto* error = output_like(context, x, width, &out)) return error;
+  if (auto* error = ort::output_like(context, x, width, &out)) return error;
   if (!rows || !width) return nullptr;
   std::vector<float> room;
   const float* wide = floats(static_cast<const T*>(x.data), rows * depth, room);
@@ -152,8 +140,6 @@ OrtStatus* compact_output(OrtKernelContext* context) {
   return nullptr;
 }
 
-constexpr size_t kTasksOfStep = 8;  // more than most machines have cores left for one token
-
 // strength fp32 [N, C], factor [N, C], and X [N, H], up [C, H], up_bias [C] if `gated`; down [C, O], count int64 [1]:
 // see Strongest and StrongestOutput -> [N, O]
 template <class T, bool gated>
@@ -162,7 +148,7 @@ OrtStatus* strongest(OrtKernelContext* context) {
   const Tensor x = ort::input(context, gated ? 2 : 1), up = ort::input(context, gated ? 3 : 1);
   const Tensor bias = ort::input(context, gated ? 4 : 1), down = ort::input(context, gated ? 5 : 2);
   const Tensor count = ort::input(context, gated ? 6 : 3);
-  if (auto* error = first_error({&strength, &factor, &x, &up, &bias, &down, &count})) return error;
+  if (auto* error = ort::first_error({&strength, &factor, &x, &up, &bias, &down, &count})) return error;
   bool fits = strength.rank == 2 && factor.rank == 2 && down.rank == 2 && count.rank == 1 && count.shape[0] == 1 &&
               factor.shape[0] == strength.shape[0] && factor.shape[1] == strength.shape[1] &&
               down.shape[0] == strength.shape[1];
@@ -183,7 +169,7 @@ OrtStatus* strongest(OrtKernelContext* context) {
   auto parallel_for = [&](size_t tasks, auto task) { failed = ort::parallel_for(context, tasks, task); };
   const kernels::Matrix<T> rows = {gated ? of(up) : nullptr, up.last(), up.last()};
   kernels::strongest<T>(static_cast<const float*>(strength.data), of(factor), of(x), rows, gated ? of(bias) : nullptr,
-                        {of(down), width, width}, nullptr, static_cast<T*>(out), tokens, channels, asked, kTasksOfStep,
+                        {of(down), width, width}, nullptr, static_cast<T*>(out), tokens, channels, asked, ort::kTasksOfStep,
                         parallel_for);
   return failed;
 }
@@ -191,7 +177,7 @@ OrtStatus* strongest(OrtKernelContext* context) {
 // A [n, n] symmetric positive definite, B [n, m] -> A^-1 B
 OrtStatus* solve(OrtKernelContext* context) {
   const Tensor a = ort::input(context, 0), b = ort::input(context, 1);
-  if (auto* error = first_error({&a, &b})) return error;
+  if (auto* error = ort::first_error({&a, &b})) return error;
   if (a.rank != 2 || b.rank != 2 || a.shape[0] != a.shape[1] || a.shape[0] != b.shape[0])
     return ort::invalid("pp_fx.Solve: A [n, n] and B [n, m] do not fit each other");
   const size_t n = static_cast<size_t>(a.shape[0]), width = b.last();
@@ -262,7 +248,13 @@ std::vector<Op> ops_of(int type) {
 
 std::vector<Op>& all_ops() {
   static std::vector<Op> ops = [] {
-    std::vector<Op> found = {{"Solve", {ort::kFloat, ort::kFloat}, ort::kFloat, solve}};
+    const int real = ort::kFloat, codes = ort::kUInt8, bytes = ort::kInt8, index = ort::kInt64;
+    std::vector<Op> found = {
+        {"Solve", {real, real}, real, solve},
+        {"QuantizedRows", {real, codes, real, index}, real, quantized_ops::rows},
+        {"QuantizedOutput", {real, bytes, real}, real, quantized_ops::output},
+        {"QuantizedStrongest", {real, real, real, codes, real, real, bytes, real, index}, real, quantized_ops::strongest<true>},
+        {"QuantizedStrongestOutput", {real, real, bytes, real, index}, real, quantized_ops::strongest<false>}};
     for (auto& more : {ops_of<float>(ort::kFloat), ops_of<kernels::Half>(ort::kFloat16),
                        ops_of<kernels::BFloat16>(ort::kBFloat16)})
       found.insert(found.end(), more.begin(), more.end());

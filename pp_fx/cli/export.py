@@ -53,6 +53,9 @@ def export_command(
     decode: Decode = None,
     decode_ratio: DecodeRatio = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    weights: Annotated[
+        str | None, typer.Option(help="int8 or int4: round the linear layers' weights; by default as DTYPE.")
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 23 or 24.")] = 23,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
     json_file: Json = None,
@@ -62,6 +65,8 @@ def export_command(
     console = console_for(json_file)
     settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers, decode, decode_ratio)
     check_choice("dtype", dtype, ("float32", "float16"))
+    if weights is not None:
+        check_choice("weights", weights, ("int8", "int4"))
     sample = None if calibration == "none" else read(calibration, "calibration")
     if saved_settings(load_config(model)) is None:
         check_fit(settings, model)
@@ -77,7 +82,7 @@ def export_command(
         calibrate(loaded, calibration_of(sample, tokenizer, loaded), progress=json_file != "-")
     if dtype == "float16":
         loaded.half()
-    export.onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite)
+    export.onnx(loaded, directory, tokenizer=tokenizer, opset=opset, overwrite=overwrite, weights=weights)
     found = export.check(directory)
     size = sum(f.stat().st_size for f in directory.iterdir())
     result = {"model": model, "directory": str(directory), "bytes": size, "check": found.to_dict()}

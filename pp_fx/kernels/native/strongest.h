@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "products.h"
+#include "quantized.h"
 
 namespace kernels {
 
@@ -300,6 +301,37 @@ void chosen_linear(const float* strength, Matrix<W> weight, const T* bias, const
   });
 }
 
+// y [tokens, out] = sum over a token's chosen channels c of z_c * down_c, plus down_bias.
+//
+// `fill(z, chosen, from, to)` computes z of the chosen channels from .. to - 1: z[i * tokens + t], where a token chose it.
+template <class T, class W, class Fill, class ParallelFor>
+void sum_of_chosen(const Chosen& chosen, Matrix<W> down, const T* down_bias, T* y, size_t tokens, size_t tasks, Fill fill,
+                   ParallelFor parallel_for) {
+  const size_t total = chosen.channels.size(), numbers = tokens * down.width;
+  std::vector<float> z(total * tokens), parts(tasks * numbers);
+  parallel_for(tasks, [&](size_t task) {
+    const size_t from = total * task / tasks, to = total * (task + 1) / tasks;
+    fill(z.data(), from, to);
+    add_rows(down, chosen.channels, z.data(), parts.data() + task * numbers, tokens, from, to);
+  });
+  for (size_t i = 0; i < numbers; ++i) {
+    float result = 0;
+    for (size_t task = 0; task < tasks; ++task) result += parts[task * numbers + i];
+    const size_t feature = i % down.width;
+    narrow(result * down.scale(feature) + (down_bias ? widen(down_bias[feature]) : 0), y[i]);
+  }
+}
+
+// z of the chosen channels where the factor alone is the output projection's input.
+template <class T>
+auto factors(const Chosen& chosen, const T* factor, size_t tokens, size_t channels) {
+  return [&chosen, factor, tokens, channels](float* z, size_t from, size_t to) {
+    for (size_t i = from; i < to; ++i)
+      for (uint32_t j = chosen.begins[i]; j < chosen.begins[i + 1]; ++j)
+        z[i * tokens + chosen.tokens[j]] = widen(factor[chosen.tokens[j] * channels + chosen.channels[i]]);
+  };
+}
+
 // y [tokens, out] = sum over a token's chosen channels c of factor_c * (x . up_c + bias_c) * down_c, plus down_bias;
 // without `up.data` the factor alone.
 template <class T, class W, class ParallelFor>
@@ -307,19 +339,14 @@ void strongest(const float* strength, const T* factor, const T* x, Matrix<W> up,
                const T* down_bias, T* y, size_t tokens, size_t channels, size_t count, size_t tasks,
                ParallelFor parallel_for) {
   const Chosen chosen = choose(strength, tokens, channels, count);
-  const size_t total = chosen.channels.size(), numbers = tokens * down.width;
-  const std::vector<float> wide = floats(x, up.data ? tokens * up.width : 0);
-  std::vector<float> z(total * tokens), parts(tasks * numbers);
-  parallel_for(tasks, [&](size_t task) {
-    const size_t from = total * task / tasks, to = total * (task + 1) / tasks;
+  if (!up.data)
+    return sum_of_chosen(chosen, down, down_bias, y, tokens, tasks, factors(chosen, factor, tokens, channels), parallel_for);
+  const std::vector<float> wide = floats(x, tokens * up.width);
+  auto fill = [&](float* z, size_t from, size_t to) {
     std::vector<const float*> rows(tokens);
     for (size_t i = from; i < to; ++i) {
       const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
       const uint32_t* of = chosen.tokens.data() + begin;
-      if (!up.data) {
-        for (size_t j = 0; j < many; ++j) z[i * tokens + of[j]] = widen(factor[of[j] * channels + c]);
-        continue;
-      }
       for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * up.width;
       const float add = up_bias ? widen(up_bias[c]) : 0, scale = up.scale(c);
       const W* next = up.row(chosen.channels[std::min(i + kAhead, to - 1)]);
@@ -330,14 +357,30 @@ void strongest(const float* strength, const T* factor, const T* x, Matrix<W> up,
         z[i * tokens + of[j]] = widen(made);
       });
     }
-    add_rows(down, chosen.channels, z.data(), parts.data() + task * numbers, tokens, from, to);
-  });
-  for (size_t i = 0; i < numbers; ++i) {
-    float result = 0;
-    for (size_t task = 0; task < tasks; ++task) result += parts[task * numbers + i];
-    const size_t feature = i % down.width;
-    narrow(result * down.scale(feature) + (down_bias ? widen(down_bias[feature]) : 0), y[i]);
-  }
+  };
+  sum_of_chosen(chosen, down, down_bias, y, tokens, tasks, fill, parallel_for);
+}
+
+// As `strongest`, with quantized weights: rows of codes and int8 rows of the output projection.
+template <class ParallelFor>
+void quantized_strongest(const float* strength, const float* factor, const float* x, Blocks up, const float* up_bias,
+                       Matrix<int8_t> down, float* y, size_t tokens, size_t channels, size_t depth, size_t count,
+                       size_t tasks, ParallelFor parallel_for) {
+  const Chosen chosen = choose(strength, tokens, channels, count);
+  const float* no_bias = nullptr;
+  if (!up.codes)
+    return sum_of_chosen(chosen, down, no_bias, y, tokens, tasks, factors(chosen, factor, tokens, channels), parallel_for);
+  const RowDots dot(x, tokens, depth, up);
+  auto fill = [&](float* z, size_t from, size_t to) {
+    for (size_t i = from; i < to; ++i) {
+      const size_t c = chosen.channels[i], next = chosen.channels[std::min(i + kAhead, to - 1)];
+      for (uint32_t j = chosen.begins[i]; j < chosen.begins[i + 1]; ++j) {
+        const size_t t = chosen.tokens[j];
+        z[i * tokens + t] = factor[t * channels + c] * (dot(c, t, next) + (up_bias ? up_bias[c] : 0));
+      }
+    }
+  };
+  sum_of_chosen(chosen, down, no_bias, y, tokens, tasks, fill, parallel_for);
 }
 
 }  // namespace kernels
