@@ -42,10 +42,11 @@ class Genai:
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options)
         config = AutoConfig.from_pretrained(folder.with_name("hf"))
-        self.shape = config.num_key_value_heads, 0, config.head_dim
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.shape = config.num_key_value_heads, 0, size
         self.past: dict[str, Any] = {}
 
-    def __call__(self, ids: torch.Tensor, keeps: bool = False) -> None:
+    def __call__(self, ids: torch.Tensor, keeps: bool = False) -> torch.Tensor:
         batch, length = ids.shape
         before = next(iter(self.past.values())).shape()[2] if keeps else 0
         binding = self.session.io_binding()
@@ -66,7 +67,10 @@ class Genai:
         for name in names:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        self.past = {n: v for n, v in zip(names, binding.get_outputs(), strict=True) if n != "logits"}
+        found = dict(zip(names, binding.get_outputs(), strict=True))
+        logits = torch.from_numpy(found.pop("logits").numpy())
+        self.past = found
+        return logits
 
 
 class Ours:
@@ -76,10 +80,11 @@ class Ours:
         self.model, self.dense = OrtModel.from_pretrained(folder, threads=threads, ops_library=library), dense
         self.cache: Any = None
 
-    def __call__(self, ids: torch.Tensor, keeps: bool = False, logits: int = 0) -> None:
+    def __call__(self, ids: torch.Tensor, keeps: bool = False, logits: int = 0) -> torch.Tensor:
         before = self.cache if keeps else None
         out = self.model(ids, past_key_values=before, logits_to_keep=logits, selects=False if self.dense else None)
         self.cache = out.past_key_values
+        return out.logits
 
 
 def medians(calls: dict[str, Any], repeats: int, warm_up: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Operators of domain `pp_fx` with quantized weights, and their bodies; see `functions`.
 
-The bodies gather and widen the rows that are needed (`com.microsoft::GatherBlockQuantized`); the native kernels multiply
-with the codes.
+The bodies gather the rows that are needed and widen them (`com.microsoft::GatherBlockQuantized`); the native kernels
+multiply with the codes.
 """
 
 # mypy: disable-error-code="operator, type-var, arg-type, call-overload"

@@ -1,6 +1,6 @@
 """Weights of an exported file in 4 or 8 bits: how they are rounded, and which weight is held how.
 
-Rows of codes with a scale for each block of 32 numbers, as onnxruntime's MatMulNBits and GatherBlockQuantized read them:
+Rows of codes with a scale for each block of 32 numbers, as MatMulNBits and GatherBlockQuantized read them:
 a kept row goes with its scales. Output projections of pruned groups lie transposed, a channel's row of int8 numbers,
 with one scale for each output feature: a kept channel takes its numbers along, and the scales are those of the whole.
 """
@@ -24,7 +24,7 @@ BLOCK = 32
 """Numbers that share a scale."""
 BITS = {"int8": 8, "int4": 4}
 _HEAD_BITS = 8
-"""Of embeddings and LM head, whatever the layers have: a few per cent of the bytes, and errors there reach every logit."""
+"""Of embeddings and LM head, whatever the layers have: errors there reach every logit."""
 _SHARES = {8: (1.0,), 4: (0.8, 0.85, 0.9, 0.95, 1.0, 1.07, 1.14)}
 """Scales that are tried, over the one that just holds a block's largest number; the least squared error decides."""
 _LOSSY = 0.25
@@ -148,7 +148,9 @@ def _outputs(model: Any) -> set[int]:
     """Ids of the output projections' weights of all pruned groups."""
     found = set()
     for layer in layers_of(model):
-        for kind in layer.states():
+        for kind, state in layer.states().items():
+            if not (state.prunes or state.steps):
+                continue
             group = layer.groups[kind]
             if group.output.transposed or any(part.transposed for part in group.inputs):
                 raise ExportError(
@@ -157,7 +159,8 @@ def _outputs(model: Any) -> set[int]:
                 )
             if any(part.rows is not None for part in group.inputs):
                 raise ExportError(
-                    f"weights= needs projections of their own, {group.inputs[0].path} is several in one; leave weights out"
+                    f"weights= needs projections of their own, {group.inputs[0].path} is several in one; leave "
+                    "weights out"
                 )
             found.add(id(layer.get_parameter(group.output.path)))
     return found
@@ -165,7 +168,7 @@ def _outputs(model: Any) -> set[int]:
 
 def _check_loss(name: str, weight: Tensor, made: Quantized) -> None:
     size = weight.detach().float().square().mean().sqrt()
-    error = ((made.widened() - weight.detach()).square().mean().sqrt() / size).item() if size > 0 else 0.0
+    error = ((made.widened() - weight.detach()).square().mean().sqrt() / size).item() if size != 0 else 0.0
     if not error <= _LOSSY:
         raise ExportError(
             f"{name} loses {error:.0%} of its size in {made.bits} bits (at most {_LOSSY:.0%} is allowed); export with "

@@ -105,8 +105,8 @@ def _quantized(model: Any, weights: str | None) -> dict[str, Quantized]:
         raise ExportError(f"weights={weights!r} needs a model in fp32, this one is {dtype}; call model.float() before")
     if not settings_of(model).steps:
         raise ExportError(
-            f"weights={weights!r} needs decode='auto' or 'step', not {settings_of(model).decode!r}: a selection that is "
-            "handed from call to call would travel unquantized"
+            f"weights={weights!r} needs decode='auto' or 'step', not {settings_of(model).decode!r}: a selection that "
+            "is handed from call to call would travel unquantized"
         )
     return quantize(model, weights)  # type: ignore[arg-type]
 

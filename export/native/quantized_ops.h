@@ -9,6 +9,8 @@ namespace quantized_ops {
 
 using ort::Tensor;
 
+constexpr size_t kFew = 8;  // tokens up to which a weight is not packed
+
 // codes [rows, blocks, 16 or 32] and scales [rows, blocks] or [rows, blocks, 1]; false where they are none
 inline bool blocks_of(const Tensor& codes, const Tensor& scales, size_t depth, kernels::Blocks* blocks) {
   if (codes.rank != 3 || (codes.last() != 16 && codes.last() != 32) || scales.rank < 2) return false;
@@ -52,9 +54,18 @@ inline OrtStatus* output(OrtKernelContext* context) {
   if (auto* error = ort::output_like(context, x, codes.last(), &out)) return error;
   if (!x.rows() || !codes.last()) return nullptr;
   OrtStatus* failed = nullptr;
-  kernels::output_linear(numbers(x), static_cast<const int8_t*>(codes.data), numbers(scales), static_cast<float*>(out),
-                         x.rows(), x.last(), codes.last(),
-                         [&](size_t tasks, auto task) { failed = ort::parallel_for(context, tasks, task); });
+  auto parallel_for = [&](size_t tasks, auto task) { failed = ort::parallel_for(context, tasks, task); };
+  const int8_t* weight = static_cast<const int8_t*>(codes.data);
+  if (x.rows() <= kFew) {  // the weight is read once, where it lies
+    const kernels::Chosen all = kernels::every(x.rows(), x.last());
+    const float* no_bias = nullptr;
+    kernels::sum_of_chosen(all, kernels::Matrix<int8_t>{weight, codes.last(), codes.last(), numbers(scales)}, no_bias,
+                           static_cast<float*>(out), x.rows(), ort::kTasksOfStep,
+                           kernels::factors(all, numbers(x), x.rows(), x.last()), parallel_for);
+  } else {
+    kernels::output_linear(numbers(x), weight, numbers(scales), static_cast<float*>(out), x.rows(), x.last(),
+                           codes.last(), parallel_for);
+  }
   return failed;
 }
 

@@ -148,7 +148,7 @@ def _replace_step(node: ir.Node, weights: dict[str, _Weight]) -> None:
 
 
 def _readers(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Nodes of the graph that read a value, and as which input; those that a representative has left behind read, too."""
+    """Nodes that read a value, and as which input; those that a representative has left behind are in no graph."""
     return [(node, index) for node, index in value.uses() if node.graph is not None]
 
 

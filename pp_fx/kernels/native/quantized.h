@@ -267,6 +267,8 @@ class RowDots {
 
   // weight row r . x[t]; `next` is a row that will be read soon.
   float operator()(size_t r, size_t t, size_t next) const {
+    const char* scales = reinterpret_cast<const char*>(weight_.scales + next * weight_.blocks);
+    for (size_t i = 0; i < weight_.blocks * sizeof(float); i += 64) __builtin_prefetch(scales + i, 0, 2);
     return weight_.bits == 8 ? dot<8>(r, t, weight_.row(next)) : dot<4>(r, t, weight_.row(next));
   }
 

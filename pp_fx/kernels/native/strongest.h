@@ -322,6 +322,15 @@ void sum_of_chosen(const Chosen& chosen, Matrix<W> down, const T* down_bias, T* 
   }
 }
 
+// As if every token had chosen every channel.
+inline Chosen every(size_t tokens, size_t channels) {
+  Chosen chosen = {std::vector<uint32_t>(channels), std::vector<uint32_t>(channels + 1),
+                   std::vector<uint32_t>(tokens * channels)};
+  for (size_t c = 0; c < channels; ++c) chosen.channels[c] = c, chosen.begins[c + 1] = (c + 1) * tokens;
+  for (size_t i = 0; i < chosen.tokens.size(); ++i) chosen.tokens[i] = i % tokens;
+  return chosen;
+}
+
 // z of the chosen channels where the factor alone is the output projection's input.
 template <class T>
 auto factors(const Chosen& chosen, const T* factor, size_t tokens, size_t channels) {
