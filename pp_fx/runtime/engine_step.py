@@ -8,6 +8,7 @@ quality (docs/generation.md). So tokens of prompts are pruned, tokens that decod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) 
     Returns:
         The step; its index tensors lie on the CPU.
     """
-    prompts = [(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True) if b - a > 1]
+    prompts = [(a, b) for a, b in itertools.pairwise(starts) if b - a > 1]
     count = sum(b - a for a, b in prompts)
     if count == 0 or (count < settings.min_select_tokens and not by_history(settings)):
         return ALL_DENSE

@@ -127,9 +127,7 @@ class PpFxConfig(QuantizationConfig):
         self._activation = get_act_and_mul_fn(name, compile_native=False)
         self._history = None
         if self.given.history_file:
-            self._history = cached_file(
-                model.model, HISTORY_FILE, _raise_exceptions_for_missing_entries=False, **where
-            )
+            self._history = cached_file(model.model, HISTORY_FILE, _raise_exceptions_for_missing_entries=False, **where)
             if self._history is None:
                 raise StateError(
                     f"{model.model} has no {HISTORY_FILE}; copy the whole folder, or set 'history_file': false in "
@@ -184,4 +182,4 @@ class PpFxConfig(QuantizationConfig):
                 mlp.select_by_history()
         layers = len(self.ratios)
         kept = sum(mlp.state.kept_units / mlp.channels for mlp in self.mlps.values())
-        self.steps.kept = (layers - len(self.mlps) + kept) / layers
+        self.steps.share = (layers - len(self.mlps) + kept) / layers

@@ -42,9 +42,7 @@ def check_settings(given: ProbePruningHfConfig) -> None:
         )
     heads = config.attention_ratio
     if any(heads if isinstance(heads, tuple) else (heads,)):
-        raise ConfigError(
-            f"attention_ratio={heads}: vLLM prunes channels of MLPs alone; set it to 0 in config.json"
-        )
+        raise ConfigError(f"attention_ratio={heads}: vLLM prunes channels of MLPs alone; set it to 0 in config.json")
     if config.decode not in DECODES:
         raise ConfigError(
             f"decode={config.decode!r}: no selection belongs to one sequence in vLLM, where decoding runs dense; set "

@@ -23,13 +23,13 @@ class Steps:
     """Plans every step once, for all layers.
 
     Attributes:
-        kept: share of the model's MLP channels that pruned tokens run.
+        share: of the model's MLP channels that pruned tokens run.
         steps, pruned: how many steps there were, and in how many tokens were pruned.
         tokens, pruned_tokens: likewise of tokens.
     """
 
     def __init__(self, settings: ProbePruningConfig) -> None:
-        self.settings, self.kept = settings, 1.0
+        self.settings, self.share = settings, 1.0
         self.steps = self.pruned = self.tokens = self.pruned_tokens = 0
         self._logged = (time.monotonic(), 0, 0, 0, 0)
 
@@ -77,5 +77,5 @@ class Steps:
         logger.info(
             "pp_fx: %d of %d steps pruned, %.1f a second, with %.1f%% of all tokens; these ran %.1f%% of the MLP "
             "channels",
-            pruned, steps, pruned / (now - then), 100 * pruned_tokens / max(tokens, 1), 100 * self.kept,
+            pruned, steps, pruned / (now - then), 100 * pruned_tokens / max(tokens, 1), 100 * self.share,
         )  # fmt: skip
