@@ -31,8 +31,8 @@ from ...runtime.state import GroupState
 from .operators import SAMPLE
 from .steps import Steps
 
-_CLOSE = 0.05
-"""Of the largest number of a sample: two activations that differ by less are the same one, rounded elsewhere."""
+_CLOSE = 0.01
+"""Of the norm of a sample: two activations that differ by less are the same one, rounded elsewhere (bf16: 0.003)."""
 
 
 class PrunedMlp:
@@ -167,8 +167,8 @@ class PrunedMlp:
             UnsupportedModelError: the model does something else between its two linear layers.
         """
         if self._expected is not None:
-            largest = self._expected.abs().max()
-            if sample.shape != self._expected.shape or (sample - self._expected).abs().max() > _CLOSE * largest:
+            expected, found = self._expected.float(), sample.float()
+            if found.shape != expected.shape or (found - expected).norm() > _CLOSE * expected.norm():
                 raise UnsupportedModelError(
                     f"{self.name} does something else than its configuration's activation of gate times up; it cannot "
                     "be served pruned, leave quantization='pp_fx' out"
