@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pp_fx
 
@@ -54,8 +55,13 @@ def dense_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pruned_folder(tmp_path_factory):
+    """With a tokenizer of one token a character."""
     path = tmp_path_factory.mktemp("pruned")
     calibrated().save_pretrained(path)
+    letters = {c: i for i, c in enumerate(["<unk>", *(chr(c) for c in range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
     return str(path)
 
 
