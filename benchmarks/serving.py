@@ -83,7 +83,7 @@ def main() -> None:
             model.save_pretrained(f"{base}/{ratio}")
             macs = count_macs(model, 1, LENGTH)
             row = {"label": f"MLP {ratio:.0%}", "mlp_ratio": ratio, "transformers": evaluate(model, ids, 1).ppl}
-            rows.append({**row, "macs": macs.ideal + macs.overhead})
+            rows.append({**row, "macs": (macs.pruned + macs.overhead) / macs.dense})
             pp_fx.restore(model)
         for row in rows:
             row["alone"] = prompt_perplexity(engine(f"{base}/{row['mlp_ratio']}", max_num_seqs=1), ids)
