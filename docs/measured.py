@@ -173,6 +173,16 @@ def serving(found: dict[str, Any]) -> str:
     return grid(found["rows"], columns)
 
 
+def serving_layer(found: dict[str, Any]) -> str:
+    """One row a shape and ratio, one column a step's tokens."""
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in found["rows"]:
+        rows.setdefault((row["model"], row["mlp_ratio"]), {**row})[f"{row['tokens']} tokens"] = row["ratio"]
+    tokens = list(dict.fromkeys(f"{row['tokens']} tokens" for row in found["rows"]))
+    columns = {"layer of": "{model}", "dropped": "{mlp_ratio:.0%}"}
+    return grid(rows.values(), {**columns, **{f"time / dense, {name}": f"{{{name}:.3f}}" for name in tokens}})
+
+
 def costs(found: dict[str, Any]) -> str:
     """Seconds and bytes before anything is saved."""
     rows = [{"name": k, **row, "share": row["state_bytes"] / row["weight_bytes"]} for k, row in found["rows"].items()]
@@ -185,7 +195,7 @@ def costs(found: dict[str, Any]) -> str:
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, serving, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, serving, serving_layer, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

@@ -35,6 +35,7 @@ def test_a_dense_folder_gets_the_settings(started, dense_folder):
     command = started(dense_folder, "--mlp-ratio", "0.1", "--skip-layers", "1", "--port", "9")
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", dense_folder]
     found = json.loads(command[command.index("--hf-overrides") + 1])["quantization_config"]
+    assert found["min_select_tokens"] == 256
     assert (found["quant_method"], found["mlp_ratio"], found["skip_layers"]) == ("pp_fx", 0.1, 1)
     assert command[-2:] == ["--port", "9"]
 
