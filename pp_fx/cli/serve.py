@@ -18,8 +18,8 @@ from .app import app
 from .options import Config, MlpRatio, Preset, SkipLayers, check_fit, read_settings
 
 SELECT_TOKENS = 256
-"""Steps of fewer prompt tokens run dense: with the default's 60% of a layer dropped a selection pays from 128 to 256 on,
-with 30% from about 512 (docs/measured.md). A configuration that is given says it itself."""
+"""Steps of fewer prompt tokens run dense: with the default's 60% of a layer dropped a selection pays from 128 to 256
+on, with 30% from about 512 (docs/measured.md). A configuration that is given says it itself."""
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
