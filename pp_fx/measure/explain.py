@@ -164,7 +164,9 @@ def _of_model(model: nn.Module, config: ProbePruningConfig, batch: int, length: 
     reports = []
     for index, layer in enumerate(layers):
         found = structures[structure_key(layer)]
-        kept = {kind: kept_units(group, ratios[kind][index], settings) for kind, group in found.groups.items()}
+        kept = {
+            kind: kept_units(kind, group.units, ratios[kind][index], settings) for kind, group in found.groups.items()
+        }
         macs = layer_macs(layer, found.groups, kept, settings, batch, length)
         reports.append(_report(index, found.groups, kept, found.reasons, macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))

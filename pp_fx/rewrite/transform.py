@@ -75,7 +75,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         structure = structures[structure_key(layer)]
         states: dict[Kind, GroupState] = {}
         for kind, group in structure.groups.items():
-            kept = kept_units(group, carried[kind][i], settings)
+            kept = kept_units(kind, group.units, carried[kind][i], settings)
             run = step_units(group, stepped[i]) if kind == "mlp" else group.units
             states[kind] = _state(layer, structure, group, kept, run, settings)
         prepared.append((layer, structure.cls, states))

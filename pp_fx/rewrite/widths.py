@@ -27,12 +27,12 @@ def device_of(model: nn.Module) -> str:
     return next((p.device.type for p in model.parameters()), "cpu")
 
 
-def kept_units(group: Group, ratio: float, config: ProbePruningConfig) -> int:
+def kept_units(kind: Kind, units: int, ratio: float, config: ProbePruningConfig) -> int:
     """How many channels (rounded up to a multiple of `round_to`) or heads of a group run at a per-layer ratio."""
-    kept = group.units - int(ratio * group.units)
-    if group.kind == "mlp" and ratio > 0:
+    kept = units - int(ratio * units)
+    if kind == "mlp" and ratio > 0:
         multiple = config.round_to or 1
-        kept = min(group.units, -(-kept // multiple) * multiple)
+        kept = min(units, -(-kept // multiple) * multiple)
     return kept
 
 

