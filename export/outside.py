@@ -40,8 +40,8 @@ class Outside:
             for name, p in model.named_parameters()
             if p.ndim == 2 and not name.startswith(f"{layers.path}.")
         }
-        self.optional[KEEP_LOGITS] = _initializer(KEEP_LOGITS, np.array(0, np.int64))
-        self.optional[MIN_SELECT] = _initializer(MIN_SELECT, np.array(min_select_tokens, np.int64))
+        self.optional[KEEP_LOGITS] = initializer(KEEP_LOGITS, np.array(0, np.int64))
+        self.optional[MIN_SELECT] = initializer(MIN_SELECT, np.array(min_select_tokens, np.int64))
         for port in ports:
             for key, tensor in port.history().items():
                 self._option(of_group(HISTORY, port.name, key), tensor)
@@ -49,7 +49,7 @@ class Outside:
                 self._option(of_group(COMPACT, port.name, key), tensor)
 
     def _option(self, name: str, tensor: Any) -> None:
-        self.optional[name] = _initializer(name, _array(tensor))
+        self.optional[name] = initializer(name, _array(tensor))
 
     def path(self, name: str, index: int) -> str:
         """`layer.1.mlp.up_proj.weight` of a representative -> the weight's path in layer `index` of the model."""
@@ -86,7 +86,7 @@ class Outside:
         path = self.names.get(id(tensor), name) + ".T" * turned
         if path not in self.weights:
             tensor = tensor.t() if turned else tensor
-            self.weights[path] = _initializer(path, _array(tensor))
+            self.weights[path] = initializer(path, _array(tensor))
         return self.weights[path]
 
     def head_names(self) -> set[str]:
@@ -120,7 +120,8 @@ def _array(tensor: Any) -> Any:
     return tensor.detach().cpu().contiguous()
 
 
-def _initializer(name: str, array: Any) -> ir.Value:
+def initializer(name: str, array: Any) -> ir.Value:
+    """A stored value of this name."""
     tensor = ir.tensor(array, name=name)
     shape: Any = tensor.shape
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,8 @@ def widened(codes: Tensor, scales: Tensor) -> Tensor:
     return made.widened()
 
 
-def quantize(model: Any, weights: Literal["int8", "int4"]) -> dict[str, Quantized]:
-    """The linear weights of a transformed model, rounded, by parameter name (a tied one has the first of its names).
+def quantize(model: Any, weights: str) -> dict[str, Quantized]:
+    """The linear weights of a transformed model, rounded ("int8", "int4"), by parameter name (of a tied one the first).
 
     Embeddings and LM head have 8 bits, and so have the output projections of pruned groups.
 

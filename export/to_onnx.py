@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from onnxscript import ir
@@ -48,7 +48,7 @@ def onnx(
     opset: int = 23,
     overwrite: bool = False,
     verify: bool = True,
-    weights: Literal["int8", "int4"] | None = None,
+    weights: str | None = None,
 ) -> Path:
     """Write a transformed model as `model.onnx` with everything around it that tools expect.
 
@@ -62,8 +62,9 @@ def onnx(
         opset: of ONNX, 23 or 24.
         overwrite: replace a folder that an earlier export has written.
         verify: run `pp_fx.export.check` against `model` on a few random tokens.
-        weights: round the linear layers' weights to 8 or 4 bits (`quantized_weights`), embeddings, LM head and pruned
-            output projections to 8; `check` then compares with the model of rounded weights. None keeps the dtype.
+        weights: "int8" or "int4": round the linear layers' weights (`quantized_weights`), with "int4" embeddings, LM
+            head and pruned output projections to 8 bits; `check` compares with the model of rounded weights. None keeps
+            the dtype.
 
     Returns:
         The folder.
@@ -108,7 +109,7 @@ def _quantized(model: Any, weights: str | None) -> dict[str, Quantized]:
             f"weights={weights!r} needs decode='auto' or 'step', not {settings_of(model).decode!r}: a selection that "
             "is handed from call to call would travel unquantized"
         )
-    return quantize(model, weights)  # type: ignore[arg-type]
+    return quantize(model, weights)
 
 
 def build(model: Any, ports: list[Port], opset: int) -> ir.Model:

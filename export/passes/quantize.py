@@ -8,6 +8,7 @@ import numpy as np
 from onnxscript import ir
 
 from ..functions import DOMAIN
+from ..outside import initializer
 from ..quantized_weights import BLOCK, Quantized, QuantizedRows
 
 _MICROSOFT = "com.microsoft"
@@ -55,14 +56,10 @@ class _Weight:
     @classmethod
     def of(cls, graph: ir.Graph, name: str, made: Quantized, accuracy: int) -> _Weight:
         """Adds the initializers `<name>.codes` and `<name>.scales`."""
-        values = []
-        for part in ("codes", "scales"):
-            tensor = ir.tensor(getattr(made, part), name=f"{name}.{part}")
-            shape, kind = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
-            value = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
-            graph.register_initializer(value)
-            values.append(value)
-        return cls(made, *values, accuracy)
+        codes, scales = (initializer(f"{name}.{part}", getattr(made, part)) for part in ("codes", "scales"))
+        graph.register_initializer(codes)
+        graph.register_initializer(scales)
+        return cls(made, codes, scales, accuracy)
 
     def rewrite(self, node: ir.Node, index: int, turned: bool) -> None:
         """`turned`: the node reads the weight transposed, [in, out]."""
