@@ -19,7 +19,7 @@ from typing import Any
 import onnxruntime
 import torch
 from onnx_runtime import Genai, Ours, medians
-from report import write_json
+from report import bars, write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from pp_fx.models import load
 
 LENGTH = 512
 DENSE = ("fp32", "int4")
+DENSE_STEPS, BODIES = ", decoding dense", ", function bodies"
 
 
 def perplexity(call: Any, windows: torch.Tensor) -> float:
@@ -49,14 +50,17 @@ def write_files(model: str, folder: Path, ratio: float | None) -> None:
     for precision in DENSE:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(folder / "hf"), "-e", "cpu"]
         options = ["--extra_options", "int4_accuracy_level=4", "int4_block_size=32"] if precision == "int4" else []
-        where = ["-o", str(folder / f"genai-{precision}"), "-p", precision, *options]
+        where = ["-o", str(folder / f"genai dense {precision}"), "-p", precision, *options]
         subprocess.run([*builder, *where], check=True, capture_output=True)
     settings = {} if ratio is None else {"mlp_ratio": ratio}
-    pp_fx.transform(loaded, pp_fx.ProbePruningConfig(**settings, decode="step"))
     text = pp_fx.text.sequences(pp_fx.text.read(pp_fx.text.PYTHON_DOCS), tokenizer, 16, LENGTH)
-    pp_fx.calibrate(loaded, text)
-    for weights in (None, "int8", "int4"):
-        pp_fx.export.onnx(loaded, folder / f"pruned-{weights or 'fp32'}", weights=weights, verify=False)
+    for decode_ratio, kinds in ((None, (None, "int8", "int4")), (0.0, ("int4",))):
+        pp_fx.transform(loaded, pp_fx.ProbePruningConfig(**settings, decode="step", decode_ratio=decode_ratio))
+        pp_fx.calibrate(loaded, text)
+        for weights in kinds:
+            name = f"pruned {weights or 'fp32'}" + DENSE_STEPS * (decode_ratio == 0)
+            pp_fx.export.onnx(loaded, folder / name, weights=weights, verify=False)
+        pp_fx.restore(loaded)
 
 
 def measure(model: str, text: str, windows: int, ratio: float | None, repeats: int) -> list[dict[str, Any]]:
@@ -65,17 +69,18 @@ def measure(model: str, text: str, windows: int, ratio: float | None, repeats: i
         write_files(model, folder, ratio)
         _, tokenizer = load(model, torch.float32)
         ids = pp_fx.text.sequences(text, tokenizer, windows, LENGTH)
-        sides: dict[str, Any] = {f"genai dense {p}": Genai(folder / f"genai-{p}", 1) for p in DENSE}
-        sides |= {f"pruned {p}": Ours(folder / f"pruned-{p}", 1) for p in ("fp32", "int8", "int4")}
-        sides["pruned int4, function bodies"] = Ours(folder / "pruned-int4", 1, library=None)
-        places = [*(f"genai-{p}" for p in DENSE), *(f"pruned-{p}" for p in ("fp32", "int8", "int4", "int4"))]
+        sides: dict[str, Any] = {f"genai dense {p}": Genai(folder / f"genai dense {p}", 1) for p in DENSE}
+        ours = [*(f"pruned {p}" for p in ("fp32", "int8", "int4")), f"pruned int4{DENSE_STEPS}"]
+        sides |= {name: Ours(folder / name, 1) for name in ours}
+        sides[f"pruned int4{BODIES}"] = Ours(folder / "pruned int4", 1, library=None)
         rows = []
         prompts = medians({n: partial(side, ids[:1]) for n, side in sides.items()}, repeats, 1)
         for side in sides.values():
             side(ids[:1, :128])
         token = torch.tensor([[5]])
         steps = medians({n: partial(side, token, True) for n, side in sides.items()}, 10 * repeats, 5)
-        for (side_name, side), place in tqdm(zip(sides.items(), places, strict=True), total=len(sides), desc=model):
+        for side_name, side in tqdm(sides.items(), desc=model):
+            place = side_name.removesuffix(BODIES)
             rows.append(
                 {
                     "model": Path(model).stem,
@@ -116,6 +121,13 @@ def main() -> None:
         )
         table.add_row(row["model"], row["file"], *numbers)
     Console().print(table)
+    labels = [f"{row['model']}, {row['file']}" for row in rows]
+    base = {row["model"]: row for row in rows if row["file"] == "genai dense int4"}
+    series = {
+        phase: [row[f"{phase}_ms"] / base[row["model"]][f"{phase}_ms"] for row in rows]
+        for phase in ("prefill", "decode")
+    }
+    bars(options.out.with_suffix(".png"), "onnxruntime, one thread", "time / genai dense int4", labels, series)
     ratio = pp_fx.ProbePruningConfig().mlp_ratio if options.mlp_ratio is None else options.mlp_ratio
     versions = {"onnxruntime": onnxruntime.__version__}
     write_json(

@@ -162,6 +162,18 @@ def onnx_runtime(found: dict[str, Any]) -> str:
     )
 
 
+def onnx_quantized(found: dict[str, Any]) -> str:
+    """Files of one model beside each other, times against genai's dense file of 4 bits."""
+    base = {row["model"]: row for row in found["rows"] if row["file"] == "genai dense int4"}
+    rows = [{**row, "against": base[row["model"]], "mb": row["bytes"] / 1e6} for row in found["rows"]]
+    for row in rows:
+        row |= {f"{phase}_ratio": row[f"{phase}_ms"] / row["against"][f"{phase}_ms"] for phase in ("prefill", "decode")}
+    columns = {"model": "{model}", "file": "{file}", "MB": "{mb:.0f}", "perplexity": "{perplexity:.1f}"}
+    columns |= {"prefill 1 x 512, ms": "{prefill_ms:.0f}", "/ genai int4": "**{prefill_ratio:.3f}**"}
+    columns |= {"decode 1 x 128, ms": "{decode_ms:.1f}", "decode / genai int4": "**{decode_ratio:.3f}**"}
+    return grid(rows, columns)
+
+
 def serving(found: dict[str, Any]) -> str:
     """Perplexity of prompts, then the loads against dense."""
     columns = {"": "{label}", "transformers, batches of one": "{transformers:.1f}"}
@@ -195,7 +207,8 @@ def costs(found: dict[str, Any]) -> str:
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, serving, serving_layer, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_layer, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

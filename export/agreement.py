@@ -100,7 +100,7 @@ def compare_with_torch(directory: Path, model: Any, ports: list[Port], seed: int
     frugal = onnxruntime.SessionOptions()  # the weights once, not a second time in the kernels' own layout
     frugal.enable_cpu_mem_arena = False
     frugal.add_session_config_entry("session.disable_prepacking", "1")
-    if read_settings(directory)["weights"] is None:
+    if read_settings(directory).get("weights") is None:
         ours = OrtModel.from_pretrained(directory, session_options=frugal, provider=provider)
     else:
         ours = _unrounded(directory, frugal, provider)

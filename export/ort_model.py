@@ -6,6 +6,7 @@ them back, together with keys and values, without copying them.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ class OrtModel(GenerationMixin):
             session_options: onnxruntime.SessionOptions to start from.
             graph: a serialized graph to run in place of the folder's.
 
+        Warns:
+            A folder with quantized weights, and no native kernels were built.
+
         Raises:
             InputError: this onnxruntime has no such provider.
             ExportError: a file is missing or is not the one that was written, onnxruntime cannot load the model, or
@@ -128,7 +132,14 @@ class OrtModel(GenerationMixin):
         options.log_severity_level = 3  # one warning for each optional input otherwise
         if threads is not None:
             options.intra_op_num_threads = threads
+        settings = read_settings(directory)
         library = find_ort_ops() if ops_library == "auto" else ops_library
+        if library is None and ops_library == "auto" and settings.get("weights") is not None:
+            warnings.warn(
+                f"{directory} has weights in {settings['weights']}, and without native kernels a token takes several "
+                "times as long; run pp-fx build-ort-ops once",
+                stacklevel=2,
+            )
         if library is not None:
             check_library(library)
             options.register_custom_ops_library(str(library))
@@ -139,7 +150,6 @@ class OrtModel(GenerationMixin):
             raise ExportError(f"onnxruntime cannot load {directory / MODEL} ({error})") from error
         config = AutoConfig.from_pretrained(directory)
         generation = GenerationConfig.from_pretrained(directory)
-        settings = read_settings(directory)
         decode = settings["config"]["decode"]
         return cls(
             session, config, generation, settings["min_select_tokens"], decode != "dense", decode in ("step", "auto")

@@ -97,6 +97,22 @@ def fuzz(library: Path, draws: int, seed: int) -> Counter:
             continue
         near = {"float32": 1e-4, "float16": 8e-3, "bfloat16": 8e-2}[dtype]
         counts["right" if not plain or np.allclose(found, right, atol=near, rtol=near) else "wrong"] += 1
+    return counts + fuzz_quantized(library, draws // 4, random)
+
+
+def fuzz_quantized(library: Path, draws: int, random: np.random.Generator) -> Counter:
+    """Random calls of the operators with quantized weights, which share their steps with those of plain ones."""
+    from tests.system.test_quantized_export import INPUTS, ROUNDED, expected, operands, session
+
+    counts: Counter = Counter()
+    for _ in range(draws):
+        name, bits = str(random.choice(list(INPUTS))), int(random.choice((4, 8)))
+        sizes = (random.integers(1, 20), random.integers(1, 90), random.integers(1, 6), random.integers(1, 70))
+        given = operands(name, *map(int, sizes), bits, int(random.integers(2**31)))
+        found = session(name, given, bits, library).run(None, {n: given[n] for n in INPUTS[name]})[0]
+        wanted = expected(name, given)
+        near = np.abs(found - wanted).max() < ROUNDED * (np.abs(wanted).max() + 1)
+        counts["right" if near else "wrong"] += 1
     return counts
 
 

@@ -67,6 +67,29 @@ def session(name, given_inputs, bits, library):
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
+def operands(name, tokens, channels, blocks, outputs, bits, seed):
+    """All inputs of an operator, and the weights behind codes and scales."""
+    torch.manual_seed(seed)
+    up = QuantizedRows.of(torch.randn(channels, blocks * BLOCK), bits)
+    columns = QuantizedColumns.of(torch.randn(outputs, channels))
+    width = channels if name == "QuantizedOutput" else blocks * BLOCK
+    kept = torch.randperm(channels)[: max(1, channels // 2)]
+    return {
+        "up": up,
+        "columns": columns,
+        "X": torch.randn(tokens, width).numpy(),
+        "strength": (torch.rand(tokens, channels) + 0.1).numpy(),
+        "factor": torch.randn(tokens, channels).numpy(),
+        "up_bias": torch.randn(channels).numpy(),
+        "codes": up.codes.numpy(),
+        "scales": up.scales.numpy(),
+        "kept": kept.numpy(),
+        "down": columns.codes.numpy(),
+        "down_scales": columns.scales.numpy(),
+        "count": np.array([max(1, channels // 3)], np.int64),
+    }
+
+
 def expected(name, x):
     """In float64."""
     up = (x["up"].widened() if name in ("QuantizedRows", "QuantizedStrongest") else torch.zeros(1)).double().numpy()
@@ -90,25 +113,9 @@ def expected(name, x):
 )  # fmt: skip
 @settings(max_examples=12, deadline=None)
 def test_operators(library, name, native, tokens, channels, blocks, outputs, bits, seed):
-    torch.manual_seed(seed)
-    up = QuantizedRows.of(torch.randn(channels, blocks * BLOCK), bits)
-    columns = QuantizedColumns.of(torch.randn(outputs, channels))
-    width = channels if name == "QuantizedOutput" else blocks * BLOCK
-    kept = torch.randperm(channels)[: max(1, channels // 2)]
-    x = {
-        "X": torch.randn(tokens, width).numpy(),
-        "strength": (torch.rand(tokens, channels) + 0.1).numpy(),
-        "factor": torch.randn(tokens, channels).numpy(),
-        "up_bias": torch.randn(channels).numpy(),
-        "codes": up.codes.numpy(),
-        "scales": up.scales.numpy(),
-        "kept": kept.numpy(),
-        "down": columns.codes.numpy(),
-        "down_scales": columns.scales.numpy(),
-        "count": np.array([max(1, channels // 3)], np.int64),
-    }
+    x = operands(name, tokens, channels, blocks, outputs, bits, seed)
     found = session(name, x, bits, library if native else None).run(None, {n: x[n] for n in INPUTS[name]})[0]
-    wanted = expected(name, {**x, "up": up, "columns": columns})
+    wanted = expected(name, x)
     assert found.shape == wanted.shape
     scale = np.abs(wanted).max() + 1
     assert np.abs(found - wanted).max() / scale < (ROUNDED if native else 1e-5)
@@ -163,7 +170,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("heads", "int4"), ("decoding dense", "int8"), ("OPT", "int8")])
-def test_a_folder_gives_torchs_logits(kind, weights, tmp_path, library):
+def test_a_folder_gives_torchs_logits(kind, weights, tmp_path, library, monkeypatch):
     model = MODELS[kind]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folder = pp_fx.export.onnx(model, tmp_path / "out", weights=weights)  # compares with the rounded model
@@ -180,6 +187,9 @@ def test_a_folder_gives_torchs_logits(kind, weights, tmp_path, library):
     ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(1))
     bodies = OrtModel.from_pretrained(folder, ops_library=None)
     native = OrtModel.from_pretrained(folder, ops_library=library)
+    monkeypatch.setenv("PP_FX_CACHE", str(tmp_path / "none"))
+    with pytest.warns(UserWarning, match="build-ort-ops"):
+        OrtModel.from_pretrained(folder)
     a, b = bodies(ids).logits, native(ids).logits
     assert (a - b).norm() < 0.1 * a.norm()
     assert native.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
