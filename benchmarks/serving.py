@@ -26,7 +26,7 @@ os.environ |= {
 
 import torch
 import vllm
-from report import write_json
+from report import bars, write_json
 from vllm import LLM, SamplingParams
 
 import pp_fx
@@ -111,6 +111,9 @@ def main() -> None:
                 "ratio": statistics.median(a / b for a, b in zip(own, dense, strict=True)),
             }
     write_json(options.out, {"loads": LOADS, "rows": rows, "versions": {"vllm": vllm.__version__}})
+    labels = [f"{row['label']}, perplexity {row['in company']:.1f}" for row in rows]
+    series = {name: [row[name]["ratio"] for row in rows] for name in LOADS}
+    bars(options.out.with_suffix(".png"), "SmolLM2 in vLLM", "time / dense", labels, series)
 
 
 if __name__ == "__main__":

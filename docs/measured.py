@@ -185,6 +185,16 @@ def serving(found: dict[str, Any]) -> str:
     return grid(found["rows"], columns)
 
 
+def serving_tasks(found: dict[str, Any]) -> str:
+    """Solved problems, by the ratio of the prompts."""
+    rows = [{"interval": ("", ""), **row} for row in found["rows"]]
+    for row in rows:
+        low, high = row["interval"]
+        row["against"] = f"{low:+.1f} to {high:+.1f}" if row["mlp_ratio"] else ""
+    columns = {"MLP of prompts dropped": "{mlp_ratio:.0%}", f"solved of {found['problems']}": "{solved}"}
+    return grid(rows, {**columns, "against dense, 95%": "{against}", "seconds": "{seconds:.0f}"})
+
+
 def serving_layer(found: dict[str, Any]) -> str:
     """One row a shape and ratio, one column a step's tokens."""
     rows: dict[tuple[str, float], dict[str, Any]] = {}
@@ -208,7 +218,7 @@ def costs(found: dict[str, Any]) -> str:
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_layer, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 
