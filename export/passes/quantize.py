@@ -24,16 +24,15 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         quantized: by parameter name; the graph may have a weight as it is, transposed (`.T`), or both.
-        accuracy: `accuracy_level` of MatMulNBits (1: fp32).
     """
 
-    def __init__(self, quantized: dict[str, Quantized], accuracy: int = _ACCURACY) -> None:
-        self.quantized, self.accuracy = quantized, accuracy
+    def __init__(self, quantized: dict[str, Quantized]) -> None:
+        self.quantized = quantized
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every reader; the initializers that nothing reads any more go."""
         graph = model.graph
-        weights = {name: _Weight.of(graph, name, made, self.accuracy) for name, made in self.quantized.items()}
+        weights = {name: _Weight.of(graph, name, made) for name, made in self.quantized.items()}
         for node in list(ir.traversal.RecursiveGraphIterator(graph)):
             if node.domain == DOMAIN and node.op_type in ("Strongest", "StrongestOutput"):
                 _replace_step(node, weights)
@@ -49,17 +48,17 @@ class QuantizeWeights(ir.passes.InPlacePass):
 class _Weight:
     """One weight's codes and scales in the graph, and the readers that take them."""
 
-    def __init__(self, made: Quantized, codes: ir.Value, scales: ir.Value, accuracy: int) -> None:
-        self.made, self.codes, self.scales, self.accuracy = made, codes, scales, accuracy
+    def __init__(self, made: Quantized, codes: ir.Value, scales: ir.Value) -> None:
+        self.made, self.codes, self.scales = made, codes, scales
         self.is_rows = isinstance(made, QuantizedRows)
 
     @classmethod
-    def of(cls, graph: ir.Graph, name: str, made: Quantized, accuracy: int) -> _Weight:
+    def of(cls, graph: ir.Graph, name: str, made: Quantized) -> _Weight:
         """Adds the initializers `<name>.codes` and `<name>.scales`."""
         codes, scales = (initializer(f"{name}.{part}", getattr(made, part)) for part in ("codes", "scales"))
         graph.register_initializer(codes)
         graph.register_initializer(scales)
-        return cls(made, codes, scales, accuracy)
+        return cls(made, codes, scales)
 
     def rewrite(self, node: ir.Node, index: int, turned: bool) -> None:
         """`turned`: the node reads the weight transposed, [in, out]."""
@@ -83,7 +82,7 @@ class _Weight:
         if isinstance(self.made, QuantizedRows):
             outputs, blocks = self.made.scales.shape
             numbers = {"N": outputs, "K": blocks * BLOCK, "bits": self.made.bits, "block_size": BLOCK}
-            attributes = [ir.AttrInt64(k, v) for k, v in {**numbers, "accuracy_level": self.accuracy}.items()]
+            attributes = [ir.AttrInt64(k, v) for k, v in {**numbers, "accuracy_level": _ACCURACY}.items()]
             product = ir.Node(_MICROSOFT, "MatMulNBits", [x, self.codes, self.scales], attributes)
         else:
             product = ir.Node(DOMAIN, "QuantizedOutput", [x, self.codes, self.scales])
