@@ -112,7 +112,16 @@ def test_an_adapter_that_was_there_is_switched(ids, switch):
         adapted(ids)
 
 
-@pytest.mark.parametrize("family", ["GPT-2", "Falcon, alibi", "Granite", "Mixtral", "Phi3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "GPT-2",
+        "Falcon, alibi",
+        "Mixtral",
+        "Phi3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Llama", "Bloom", "OLMo", "Granite")),
+    ],
+)
 def test_every_attribute_that_a_layer_reads_is_watched(family, ids):
     """The oracle reads nothing: each plain attribute of the original's modules is changed in turn.
 

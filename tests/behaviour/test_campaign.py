@@ -3,7 +3,7 @@
 Every draw runs a prompt and then the rest of the sequence in pieces on the KV cache; the oracle is the untransformed
 model over the whole sequence, with the channels that the prompt's selection dropped set to zero by hooks.
 
-30 draws here, always the same, a tenth of them compiled; `make soak` draws 1000 others. hypothesis shrinks a failing
+20 draws here, always the same, a tenth of them compiled; `make soak` draws 1000 others. hypothesis shrinks a failing
 draw and stores it for the next run.
 """
 
@@ -22,7 +22,7 @@ from pp_fx.rewrite.layer import layers_of
 from tests.helpers.families import FAMILIES, VOCABULARY, build
 from tests.helpers.zeroed import transformed, zero_channels
 
-DRAWS = int(os.environ.get("PP_FX_DRAWS", "30"))
+DRAWS = int(os.environ.get("PP_FX_DRAWS", "20"))
 NAMES = sorted(name for name, family in FAMILIES.items() if family.mlp is True)
 TOLERANCE = 1e-3
 _built = {}

@@ -77,7 +77,9 @@ def test_other_families(family):
         assert torch.equal(pp_fx.restore(model)(ids).logits, expected)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("int8", "sticky"), ("int8", "step"), ("float8", "probe")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("int8", "sticky"), ("int8", "step"), pytest.param("float8", "probe", marks=pytest.mark.slow)]
+)
 def test_generate_compiled_gives_the_same_tokens(name, mode):
     torch._dynamo.reset()
     model = quantized(tiny_llama(layers=2), name)

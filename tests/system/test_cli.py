@@ -35,14 +35,12 @@ def test_eval_writes_json_alone_to_stdout(folder, tmp_path):
 def test_compare_writes_json_and_plot(folder, tmp_path):
     plot, file = tmp_path / "plot.png", tmp_path / "result.json"
     text = ("compare", folder, "--text", "python-docs", "--calibration", "python-docs")
-    result = run(*text, "--methods", "default,flap", "--ratios", "0.2,0.3", "--sequences", "2", "--length", "64",
+    result = run(*text, "--methods", "default,flap", "--ratios", "0.3", "--sequences", "2", "--length", "64",
                  "--time-batch", "0", "--plot", str(plot), "--json", str(file))  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())["rows"]
     assert [(r["method"], r["ratio"]) for r in rows] == [
-        ("default", 0.2),
         ("default", 0.3),
-        ("flap", 0.2),
         ("flap", 0.3),
     ]
     assert plot.stat().st_size > 1000
