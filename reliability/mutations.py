@@ -208,6 +208,41 @@ FAULTS = (
         "        _check_roles(block, (),",
         "tests/unit/passes/test_passes.py",
     ),
+    Fault(
+        "codes are read beside their zero",
+        "export/quantized_weights.py",
+        "numbers = codes.float() - (1 << (self.bits - 1))",
+        "numbers = codes.float() - (1 << (self.bits - 1)) + 1",
+        "tests/unit/export/test_quantized_weights.py",
+    ),
+    Fault(
+        "every token is multiplied with the first one's zeros",
+        "pp_fx/kernels/native/quantized.h",
+        "-zero_ * x.sums(first + t)[b]",
+        "-zero_ * x.sums(first)[b]",
+        "tests/system/test_quantized_export.py -k operators",
+    ),
+    Fault(
+        "a single block at a row's end is left out",
+        "pp_fx/kernels/native/quantized.h",
+        "    if (whole < pairs_) {",
+        "    if (whole > pairs_) {",
+        "tests/system/test_quantized_export.py -k operators",
+    ),
+    Fault(
+        "an engine prunes tokens that decode",
+        "pp_fx/runtime/engine_step.py",
+        "if b - a > 1]",
+        "if b - a > 0]",
+        "tests/unit/runtime/test_engine_step.py",
+    ),
+    Fault(
+        "an engine prunes steps with too few prompt tokens",
+        "pp_fx/runtime/engine_step.py",
+        "count < settings.min_select_tokens and",
+        "count < settings.min_select_tokens // 2 and",
+        "tests/unit/runtime/test_engine_step.py",
+    ),
 )
 
 
