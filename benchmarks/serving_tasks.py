@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,13 @@ from pp_fx.text import PYTHON_DOCS, read, sequences
 CONTEXT = 1024
 
 
-def solve(folder: str, problems: list[Problem], new_tokens: int, sequences: int) -> tuple[list[bool], float]:
-    """Which problems the model of a folder solves, and the seconds of generation."""
+def solve(folder: str, problems: list[Problem], new_tokens: int, sequences: int) -> list[bool]:
+    """Which problems the model of a folder solves."""
     llm = LLM(folder, dtype="bfloat16", enforce_eager=True, max_model_len=CONTEXT, max_num_seqs=sequences, seed=0)
     how = SamplingParams(temperature=0, max_tokens=new_tokens, stop=list(STOPS))
-    start = time.perf_counter()
     found = llm.generate([problem.prompt for problem in problems], how)
-    seconds = time.perf_counter() - start
     texts = [cut(output.outputs[0].text, STOPS) for output in found]
-    return run_programs([p.program(t) for p, t in zip(problems, texts, strict=True)], workers=1), seconds
+    return run_programs([p.program(t) for p, t in zip(problems, texts, strict=True)], workers=1)
 
 
 def main() -> None:
@@ -63,8 +60,8 @@ def main() -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             del model
-            answers[ratio], seconds = solve(folder, problems, options.new_tokens, options.sequences)
-        row = {"mlp_ratio": ratio, "solved": sum(answers[ratio]), "seconds": seconds}
+            answers[ratio] = solve(folder, problems, options.new_tokens, options.sequences)
+        row = {"mlp_ratio": ratio, "solved": sum(answers[ratio])}
         if ratio:
             row["interval"] = paired_interval(answers[0.0], answers[ratio])
         rows.append(row)

@@ -192,7 +192,7 @@ def serving_tasks(found: dict[str, Any]) -> str:
         low, high = row["interval"]
         row["against"] = f"{low:+.1f} to {high:+.1f}" if row["mlp_ratio"] else ""
     columns = {"MLP of prompts dropped": "{mlp_ratio:.0%}", f"solved of {found['problems']}": "{solved}"}
-    return grid(rows, {**columns, "against dense, 95%": "{against}", "seconds": "{seconds:.0f}"})
+    return grid(rows, {**columns, "against dense, 95%": "{against}"})
 
 
 def serving_layer(found: dict[str, Any]) -> str:
