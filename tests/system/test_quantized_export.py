@@ -1,7 +1,6 @@
 """`pp_fx.export.onnx(weights=..)`: operators with quantized weights, and whole folders against torch."""
 
 import json
-import shutil
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import pp_fx
 from pp_fx.errors import ExportError, InputError
-from pp_fx.export import OrtModel, build_ort_ops, check
+from pp_fx.export import OrtModel, check
 from pp_fx.export.functions import DOMAIN
 from pp_fx.export.quantized_functions import functions_of
 from pp_fx.export.quantized_weights import BLOCK, QuantizedColumns, QuantizedRows
@@ -34,15 +33,6 @@ INPUTS = {
 }  # fmt: skip
 ROUNDED = 0.03
 """Of the largest number: what rounding x to 8 bits in blocks may cost a native kernel."""
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("the native kernels need a C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PP_FX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield build_ort_ops()
 
 
 def session(name, given_inputs, bits, library):

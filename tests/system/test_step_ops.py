@@ -1,7 +1,5 @@
 """`decode="step"` in exported files: the operators' bodies and native kernels, and whole folders against torch."""
 
-import shutil
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,7 +11,7 @@ from onnx import TensorProto, helper
 
 import pp_fx
 from pp_fx.errors import ExportError
-from pp_fx.export import OrtModel, build_ort_ops, check
+from pp_fx.export import OrtModel, check
 from pp_fx.export.functions import DOMAIN, Strongest, StrongestOutput
 from pp_fx.export.names import COMPACT, of_kind
 from tests.helpers.families import build
@@ -21,15 +19,6 @@ from tests.helpers.models import pruned, tiny_llama
 
 GATED = ("strength", "factor", "X", "up", "up_bias", "down", "count")
 UNGATED = ("strength", "z", "down", "count")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("the native kernels need a C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PP_FX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield build_ort_ops()
 
 
 def session(function, names, kind, library):
