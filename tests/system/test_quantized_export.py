@@ -159,7 +159,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("heads", "int4"), ("decoding dense", "int8"), ("OPT", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("heads", "int4"), ("OPT", "int8"), pytest.param("decoding dense", "int8", marks=pytest.mark.slow)],
+)
 def test_a_folder_gives_torchs_logits(kind, weights, tmp_path, library, monkeypatch):
     model = MODELS[kind]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

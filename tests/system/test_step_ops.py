@@ -94,7 +94,11 @@ CONFIG = pp_fx.ProbePruningConfig(mlp_ratio=0.4, decode="step", decode_ratio=0.5
 
 @pytest.mark.parametrize(
     ("make", "changes"),
-    [(tiny_llama, {}), (lambda: build("OPT"), {"mlp_ratio": 0.0}), (lambda: tiny_llama(bias=True), {"mlp_ratio": 0.0})],
+    [
+        (tiny_llama, {}),
+        (lambda: build("OPT"), {"mlp_ratio": 0.0}),
+        pytest.param(lambda: tiny_llama(bias=True), {"mlp_ratio": 0.0}, marks=pytest.mark.slow),
+    ],
     ids=["Llama", "OPT, decoding alone", "biases, decoding alone"],
 )
 def test_an_exported_model_decodes_by_step_as_torch_does(library, tmp_path, make, changes):
