@@ -1,12 +1,12 @@
-"""Pruned, quantized, or both: perplexity, solved problems and time of one model's decoder layers in bf16 and int8.
+"""Pruned, quantized, or both: perplexity and time of one model's decoder layers in bf16 and int8.
 
     python benchmarks/quantized.py MODEL --text-dir wikitext-2 --out benchmarks/results/quantized
 
 MODEL is a folder, hub id or GGUF file; the folder holds test.txt and valid.txt of WikiText-2. int8: torchao's
 Int8WeightOnlyConfig, a scale for each output row, of the decoder layers. Perplexity: 8 x 512 tokens of the test text as
 one batch, calibrated on 32 x 512 of the other, history frozen. Time: `pp_fx.bench`, one thread, compiled, both sides
-frozen by Inductor, the decoder blocks; every row interleaved with the dense model of the same weights. Solved: the
-first problems of HumanEval as in generated.py, for `--problems`. `python docs/measured.py` writes the table.
+frozen by Inductor, the decoder blocks; every row interleaved with the dense model of the same weights. Solved
+programs: quantized_tasks.py. `python docs/measured.py` writes the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generated import quality, row
 from report import write_json
 from rich.console import Console
 from rich.progress import track
@@ -27,7 +26,6 @@ import pp_fx
 from pp_fx.bench import bench
 from pp_fx.evaluate import evaluate
 from pp_fx.layouts import stored_bytes
-from pp_fx.measure.humaneval import read_problems, solve
 from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
@@ -77,13 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--text-dir", type=Path, required=True, help="folder with test.txt and valid.txt")
-    parser.add_argument("--problems", type=int, default=0)
     parser.add_argument("--prefill", action="store_true", help="time prompts, too: several minutes a row")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized"))
     options = parser.parse_args()
-    found: dict[str, Any] = {"model": Path(options.model).name, "problems": options.problems, "rows": []}
+    found: dict[str, Any] = {"model": Path(options.model).name, "rows": []}
     phases = list(PHASES) if options.prefill else list(PHASES)[:1]
-    problems, first = read_problems(options.problems) if options.problems else [], None
     for weights in track(WEIGHTS, "weights", console=Console(stderr=True)):
         model, tokenizer = loaded(options.model, weights)
         test = sequences(read(str(options.text_dir / "test.txt")), tokenizer, 8, 512)
@@ -92,17 +88,10 @@ def main() -> None:
         dense = evaluate(model, test, len(test), progress=f"{weights}, dense")
         size = sum(stored_bytes(p) for layer in model.base_model.layers for p in layer.parameters())
         made: dict[str, Any] = {"weights": weights, "mlp_ratio": 0.0, "block_bytes": size, "ppl": dense.ppl}
-        answers = solve(model, tokenizer, problems, batch=16, new_tokens=256) if problems else None
-        first = answers if first is None else first
-        if answers is not None:
-            made |= row(first, answers)
         found["rows"].append(made)
         for ratio in RATIOS:
             made = {"weights": weights, "mlp_ratio": ratio, **perplexity(model, test, sample, ratio, dense)}
             found["rows"].append(made | timed(model, code, pp_fx.ProbePruningConfig(mlp_ratio=ratio), phases))
-            if answers is not None and ratio == 0.2:
-                way = {"mlp_ratio": ratio, "decode": "step"}
-                found["rows"][-1] |= row(first, quality(model, tokenizer, problems, 16, way, code))
             write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
         del model
     _add_times_of_dense(found["rows"], phases)

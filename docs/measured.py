@@ -116,8 +116,18 @@ def quantized(found: dict[str, Any]) -> str:
     for phase in (name for name in ("decode 1 x 128", "prefill 1 x 512") if name in found["rows"][0]):
         columns |= {f"{phase} / dense of the same weights": f"{{{phase}[ratio]:.3f}}"}
         columns |= {f"{phase} / dense bf16": f"**{{{phase}[against_bf16]:.3f}}**"}
-    solved = {f"solved of {found['problems']}": "{solved}"} if found["problems"] else {}
-    return grid(found["rows"], {**columns, **solved})
+    return grid(found["rows"], columns)
+
+
+def quantized_tasks(found: dict[str, Any]) -> str:
+    """Solved programs and the bytes of the decoder layers, by weights and ratio."""
+    rows = [{**row, "megabytes": row["block_bytes"] / 1e6} for row in found["rows"]]
+    columns = {"weights": "{weights}", "MLP dropped": "{mlp_ratio:.0%}", "MB of the layers": "{megabytes:.0f}"}
+    against = {
+        "lost / gained": "{lost} / {gained}",
+        "above dense bf16 (95%)": "{interval[0]:+.1f} .. {interval[1]:+.1f}",
+    }
+    return grid(rows, {**columns, f"solved of {found['problems']}": "**{solved}**", **against})
 
 
 def step_kernels(found: dict[str, Any]) -> str:
@@ -216,7 +226,10 @@ def costs(found: dict[str, Any]) -> str:
 
 
 TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (generated, quantized, step_kernels, mixed_batches, compare)}
+TABLES |= {
+    f.__name__.replace("_", "-"): f
+    for f in (generated, quantized, quantized_tasks, step_kernels, mixed_batches, compare)
+}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}

@@ -1,0 +1,83 @@
+"""Programs that a model solves pruned, quantized, or both: HumanEval beside the bytes of its decoder layers.
+
+    python benchmarks/quantized_tasks.py MODEL --problems 64 --out benchmarks/results/quantized-tasks
+
+MODEL is a folder, hub id or GGUF file. int8: torchao's Int8WeightOnlyConfig, a scale for each output row; int4:
+IntxWeightOnlyConfig with a scale for each 32 numbers of a row; of the decoder layers. Solved: as in generated.py, with
+the default `decode="step"`, against the dense bf16 model's answers, in pairs. Bytes: as a file would hold them, half a
+byte for a number of 4 bits (torchao keeps a byte for each in memory). `python docs/measured.py` writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from generated import quality, row
+from report import bars, write_json
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+from pp_fx.layouts import stored_bytes
+from pp_fx.measure.humaneval import read_problems, solve
+from pp_fx.models import load
+from pp_fx.text import PYTHON_DOCS, read, sequences
+
+CONFIGS: dict[str, Any] = {
+    "bf16": None,
+    "int8": Int8WeightOnlyConfig(version=2),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+}
+RATIOS = {"bf16": (0.0, 0.2), "int8": (0.0, 0.1, 0.2, 0.4), "int4": (0.0, 0.2)}
+
+
+def loaded(name: str, weights: str) -> tuple[Any, Any]:
+    """The model with its decoder layers' linear layers in these weights, and its tokenizer."""
+    model, tokenizer = load(name, torch.bfloat16)
+    if CONFIGS[weights] is not None:
+        inside = {id(m) for layer in model.base_model.layers for m in layer.modules() if type(m) is nn.Linear}
+        quantize_(model, CONFIGS[weights], lambda module, _: id(module) in inside)
+    return model, tokenizer
+
+
+def block_bytes(model: Any, weights: str) -> int:
+    """Of the decoder layers, numbers of 4 bits in half a byte."""
+    parameters = [p for layer in model.base_model.layers for p in layer.parameters()]
+    packed = sum(p.numel() for p in parameters if p.ndim == 2) // 2 if weights == "int4" else 0
+    return sum(stored_bytes(p) for p in parameters) - packed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--weights", nargs="*", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized-tasks"))
+    options = parser.parse_args()
+    problems, dense = read_problems(options.problems), None
+    found: dict[str, Any] = {"model": Path(options.model).name, "problems": len(problems), "rows": []}
+    for weights in dict.fromkeys(("bf16", *options.weights)):  # the others are compared with bf16's answers
+        model, tokenizer = loaded(options.model, weights)
+        sample = sequences(read(PYTHON_DOCS), tokenizer, 16, 512)
+        size = block_bytes(model, weights)
+        for ratio in track(RATIOS[weights], weights, console=Console(stderr=True)):
+            if ratio:
+                answers = quality(model, tokenizer, problems, 16, {"mlp_ratio": ratio, "decode": "step"}, sample)
+            else:
+                answers = solve(model, tokenizer, problems, batch=16, new_tokens=256)
+            dense = dense or answers
+            found["rows"].append({"weights": weights, "mlp_ratio": ratio, "block_bytes": size, **row(dense, answers)})
+            write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
+        del model
+    labels = [f"{made['weights']}, {made['mlp_ratio']:.0%}" for made in found["rows"]]
+    title = f"{found['model']}: HumanEval, {len(problems)} problems"
+    solved = [float(made["solved"]) for made in found["rows"]]
+    bars(options.out.with_suffix(".png"), title, "solved", labels, {"solved": solved})
+
+
+if __name__ == "__main__":
+    main()
