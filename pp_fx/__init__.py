@@ -15,6 +15,7 @@ from .calibration.calibrate import calibrate
 from .config import ProbePruningConfig
 from .integrations import register
 from .integrations.hf_config import ProbePruningHfConfig
+from .integrations.to_torchao import to_torchao
 from .probe_config import ProbeConfig
 from .rewrite.layer import is_transformed
 from .rewrite.transform import restore, transform
@@ -41,6 +42,7 @@ __all__ = [
     "is_transformed",
     "report",
     "restore",
+    "to_torchao",
     "transform",
 ]
 register()

@@ -53,7 +53,7 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
     Raises:
         ConfigError: `config` is none, or cannot be served on the model's device.
         StateError: the model is already transformed, compiled, or in training mode with dropout.
-        UnsupportedModelError: no module, or weights on the meta device or distributed.
+        UnsupportedModelError: no module, or weights on the meta device, packed or distributed.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model={model!r} is no torch.nn.Module; load one with AutoModelForCausalLM")
@@ -65,6 +65,12 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise UnsupportedModelError(f"parameter {meta} is on the meta device; load the weights before transform")
+    packed = next((n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None), None)
+    if packed is not None:
+        raise UnsupportedModelError(
+            f"{packed} holds its weight as compressed-tensors packs it; call pp_fx.to_torchao(model) first, on a model "
+            "that was not called yet"
+        )
     sharded = next((n for n, p in model.named_parameters() if hasattr(p, "device_mesh")), None)  # a DTensor
     if sharded is not None:
         raise UnsupportedModelError(

@@ -1,0 +1,119 @@
+"""What compressed-tensors and bitsandbytes hold in a packed linear layer, as numbers and scales.
+
+compressed-tensors (https://github.com/vllm-project/compressed-tensors) leaves an ordinary `nn.Linear` whose parameters
+lie packed until the first call, with the scheme as its attribute; bitsandbytes' 8 bits are a module of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+_STRATEGIES = ("tensor", "channel", "group")
+_AGAIN = "load the model again, and call pp_fx.to_torchao(model) before its first call"
+
+
+class Numbers(NamedTuple):
+    """A weight [out, in] in numbers of a byte.
+
+    Attributes:
+        codes: int8 or float8 [out, in].
+        scales: [out, in / group]; a number is (code - zero point) * scale.
+        zero_points: int8 [out, in / group], or None for zeros.
+        bits: of a number.
+        rounds_inputs: whether the library rounds a call's tokens to 8 bits as well, each by its largest.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    bits: int
+    rounds_inputs: bool
+
+
+class Packing(NamedTuple):
+    """How a library packs a linear layer.
+
+    Attributes:
+        refusal: why a layer's numbers cannot be taken, with the remedy; None where they can.
+        numbers: those of a layer.
+    """
+
+    refusal: Callable[[Any], str | None]
+    numbers: Callable[[Any], Numbers]
+
+
+def packing_of(module: nn.Module) -> Packing | None:
+    """How a module is packed; None where it is not."""
+    if getattr(module, "quantization_scheme", None) is not None:
+        return _COMPRESSED_TENSORS
+    if type(module).__module__.partition(".")[0] == "bitsandbytes":
+        return _BITSANDBYTES
+    return None
+
+
+def _compressed_refusal(module: Any) -> str | None:
+    scheme = module.quantization_scheme
+    weights, inputs = scheme.weights, scheme.input_activations
+    if type(module) is not nn.Linear or weights is None:
+        return "is no linear layer with quantized weights, and only those are converted; quantize Linear alone"
+    if module.quantization_status.value != "compressed":
+        return f"was run already, which widened its weight; {_AGAIN}"
+    if scheme.format is not None and scheme.format not in _FORMATS:
+        return f"is packed as {scheme.format}; the formats that can be converted are {', '.join(_FORMATS)}"
+    if weights.strategy not in _STRATEGIES or weights.num_bits > 8:
+        return f"has scales by {weights.strategy}; quantize with one of the strategies {', '.join(_STRATEGIES)}"
+    if hasattr(module, "weight_g_idx"):
+        return "has its columns in the order of their activations (actorder); quantize without it"
+    if scheme.output_activations is not None or (inputs is not None and not inputs.dynamic):
+        return "rounds activations by scales that were set before; quantize with dynamic ones, or the weights alone"
+    return None
+
+
+def _compressed_numbers(module: Any) -> Numbers:
+    scheme = module.quantization_scheme
+    scales, zeros = module.weight_scale.detach(), getattr(module, "weight_zero_point", None)
+    if hasattr(module, "weight_packed"):
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        bits = scheme.weights.num_bits
+        shape = torch.Size((module.out_features, module.in_features))
+        codes = unpack_from_int32(module.weight_packed.detach(), bits, shape)
+        if zeros is not None:
+            zeros = unpack_from_int32(zeros, bits, torch.Size((shape[0], scales.shape[-1])), packed_dim=0)
+    else:
+        codes = module.weight.detach()
+    scales = scales.expand(codes.shape[0], -1) if scales.ndim == 2 else scales.expand(codes.shape[0])[:, None]
+    if zeros is not None:
+        zeros = zeros.detach().to(torch.int8).reshape(-1, scales.shape[1]).expand_as(scales)
+        zeros = zeros if bool(zeros.any()) else None
+    inputs = scheme.input_activations
+    by_token = inputs is not None and inputs.type == "int" and inputs.num_bits == 8 and inputs.strategy == "token"
+    return Numbers(codes, scales, zeros, scheme.weights.num_bits, by_token)
+
+
+def _bitsandbytes_refusal(module: Any) -> str | None:
+    if type(module).__name__ != "Linear8bitLt":
+        return f"is bitsandbytes' {type(module).__name__}, whose blocks run across rows; load with load_in_8bit=True"
+    if module.weight.dtype != torch.int8 or _row_scales(module) is None:
+        return "is not quantized yet; move the model to its device first"
+    return None
+
+
+def _row_scales(module: Any) -> Tensor | None:
+    """Of a layer's first call on they lie in its state."""
+    found: Tensor | None = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    return found
+
+
+def _bitsandbytes_numbers(module: Any) -> Numbers:
+    scales: Any = _row_scales(module)
+    return Numbers(module.weight.detach().data.as_subclass(Tensor), scales[:, None] / 127, None, 8, False)
+
+
+_COMPRESSED_TENSORS = Packing(_compressed_refusal, _compressed_numbers)
+_BITSANDBYTES = Packing(_bitsandbytes_refusal, _bitsandbytes_numbers)
