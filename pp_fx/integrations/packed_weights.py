@@ -58,10 +58,10 @@ def packing_of(module: nn.Module) -> Packing | None:
 
 def _compressed_refusal(module: Any) -> str | None:
     scheme = module.quantization_scheme
-    weights, inputs = scheme.weights, scheme.input_activations
+    weights, inputs, status = scheme.weights, scheme.input_activations, module.quantization_status.value
     if type(module) is not nn.Linear or weights is None:
         return "is no linear layer with quantized weights, and only those are converted; quantize Linear alone"
-    if module.quantization_status.value != "compressed":
+    if status != "compressed":
         return f"was run already, which widened its weight; {_AGAIN}"
     if scheme.format is not None and scheme.format not in _FORMATS:
         return f"is packed as {scheme.format}; the formats that can be converted are {', '.join(_FORMATS)}"
