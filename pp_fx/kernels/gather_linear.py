@@ -3,21 +3,26 @@
 On CUDA a Triton kernel reads the rows where they lie. A copy costs a fixed time, so the kernels are for calls of few
 rows; `benchmarks/gpu.py` measures up to how many.
 
-Elsewhere the rows are copied. Inductor gathers all weights of a block in one loop before the first product, and large
-copies are fresh memory at every call, which costs several times as much as the copying itself
-(docs/research/speed.md, section 4). So on a CPU the operators copy into a workspace, one for each thread, which
-grows to the largest copy and stays.
+Elsewhere the rows are copied; a native kernel multiplies some dozens of rows of bf16 with rows in place. Inductor
+gathers all weights of a block in one loop before the first product, and large copies are fresh memory at every call,
+which costs several times as much as the copying itself (docs/research/speed.md, section 4). So on a CPU the operators
+copy into a workspace, one for each thread, which grows to the largest copy and stays.
 """
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layouts import is_plain, take_rows
+from .kept_columns import copy_columns, kept_columns
+from .native_kernels import native
 
+_MOST_ROWS = 96
+"""Of bf16, for which the native kernel beats a copy and oneDNN's product (docs/research/speed.md, section 8)."""
 _LARGE = 4 * 2**20
 """Bytes of a copy from which on the allocator asks the system for fresh memory at every call."""
 
@@ -54,26 +59,47 @@ def kept_rows(weight: Tensor, kept: Tensor, exports: bool = False, out: Tensor |
         return torch.index_select(weight, 0, kept, out=out)
     if exports:
         return weight.index_select(0, kept)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
-        return weight.index_select(0, kept) if weight.stride(-1) == 1 else weight.t().index_select(1, kept).t()
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    if weight.stride(-1) != 1 and (learns or weight.device.type != "cpu"):
+        return weight.t().index_select(1, kept).t()
     return _copy(weight, kept, None)
 
 
 def _copy(weight: Tensor, kept: Tensor, memory: Tensor | None) -> Tensor:
     """As `kept_rows`, in the memory given (uint8), or in new memory."""
-    if weight.stride(-1) == 1:
-        out = None if memory is None else memory.view(weight.dtype).view(kept.shape[0], weight.shape[1])
-        return torch.index_select(weight, 0, kept, out=out)
-    # index_select is slow along this axis, and gather takes halves as integers twice as fast as it takes them as halves
-    lines = weight.t().view(torch.int16) if weight.element_size() == 2 else weight.t()
-    out = None if memory is None else memory.view(lines.dtype).view(weight.shape[1], kept.shape[0])
-    return torch.gather(lines, 1, kept.expand(lines.shape[0], -1), out=out).view(weight.dtype).t()
+    rows = weight.stride(-1) == 1
+    if memory is None:
+        return weight.index_select(0, kept) if rows else kept_columns(weight.t(), kept).t()
+    memory = memory.view(weight.dtype)
+    if rows:
+        return torch.index_select(weight, 0, kept, out=memory.view(kept.shape[0], weight.shape[1]))
+    return copy_columns(weight.t(), kept, memory.view(weight.shape[1], kept.shape[0])).t()
 
 
 def _work(weight: Tensor, kept: Tensor) -> Tensor:
     """As `kept_rows`, on a CPU in the workspace."""
     size = kept.shape[0] * weight.shape[1] * weight.element_size()
     return _copy(weight.detach(), kept, _workspace.take(size) if weight.device.type == "cpu" else None)
+
+
+def _in_place(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor | None:
+    """`gather_linear` by the native kernel; None where that is slower, or is not there."""
+    plain = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.stride(1) == 1
+    library: Any = native() if plain and 0 < x.shape[0] <= _MOST_ROWS else None
+    if library is None:
+        return None
+    x, kept, y = x.contiguous(), kept.contiguous(), x.new_empty(x.shape[0], kept.shape[0])
+    failed = library.pp_fx_kept_rows_linear(
+        weight.data_ptr(),
+        weight.stride(0),
+        kept.data_ptr(),
+        kept.shape[0],
+        x.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        torch.get_num_threads(),
+    )
+    return None if failed else y
 
 
 @torch.library.custom_op("pp_fx::gather_linear", mutates_args=())
@@ -88,7 +114,8 @@ def gather_linear(x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [M, k] in x's dtype, summed in fp32.
     """
-    return x @ _work(weight, kept).t()
+    made = _in_place(x, weight, kept)
+    return x @ _work(weight, kept).t() if made is None else made
 
 
 @torch.library.custom_op("pp_fx::gather_output", mutates_args=())

@@ -19,9 +19,12 @@ LIBRARY = NativeLibrary("pp_fx_kernels", NATIVE_SOURCES / "kernels.cpp")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What they multiply, as they are told of it."""
 _SIGNATURES = {
+    "pp_fx_multiplies_pairs": "",
     "pp_fx_linear": "i p s p p p p s s s i",
     "pp_fx_coded_linear": "i i p p p p s s s i",
     "pp_fx_chosen_linear": "i p p s p p p p s s s s i",
+    "pp_fx_columns": "i p s p s p s s i",
+    "pp_fx_kept_rows_linear": "p s p s p p s s i",
     "pp_fx_strongest": "i p p p p s p p p s p p p s s s s s i",
 }
 _KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
@@ -34,8 +37,8 @@ def native() -> Any:
         library = ctypes.CDLL(str(LIBRARY.find() or _build()))
     except (BuildError, OSError) as error:
         warnings.warn(
-            f"decode='step' takes the dense model's time, because its kernels are missing ({error}); install a C++ "
-            "compiler, or choose decode='dense'",
+            f"the native kernels are missing ({error}): decode='step' takes the dense model's time, and prompts gain "
+            "less; install a C++ compiler",
             stacklevel=2,
         )
         return None

@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..config import Kind, ProbePruningConfig
@@ -33,13 +34,14 @@ _versions = count(1)
 """Of all layers of the process: copies of a model that load other weights must not meet again."""
 
 
-def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+def compile_graph(graph: fx.Graph, name: str, linear: Callable[..., Any] = F.linear) -> Callable[..., Any]:
     """The Python function of a graph, `forward(self, *inputs)`; its source shows up in tracebacks.
 
-    Linear layers are called as torch's function, which quantized weights define and `aten.linear` is taken apart for.
+    Linear layers are called as torch's function, which quantized weights define and `aten.linear` is taken apart for,
+    or as another `linear` like it.
     """
     linears = [node for node in graph.nodes if node.target is torch.ops.aten.linear.default]
-    with put_back(linears, target=torch.nn.functional.linear):
+    with put_back(linears, target=linear):
         code = graph.python_code("self")
     filename = f"<pp_fx {name} {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)

@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from ..groups.group import Group
 from ..layouts import refusal
 from ..passes import BlockGraph, probe_pruning
+from ..runtime import probe
 from ..runtime.model_calls import register_attention
 from .layer import block_class, compile_graph
 
@@ -85,7 +86,10 @@ def _find_structures(
         found[key] = Structure(
             cls=block_class(type(layer), block.graph, groups, block.groups.reasons, gates),
             groups=groups,
-            probes={n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe") for n in block.inserted},  # type: ignore[arg-type]
+            probes={
+                n.group.kind: compile_graph(n.probe_graph, f"{n.group.kind} probe", probe.linear)  # type: ignore[arg-type]
+                for n in block.inserted
+            },
             factors={
                 n.group.kind: compile_graph(n.factor_graph, f"{n.group.kind} factor")
                 for n in block.inserted

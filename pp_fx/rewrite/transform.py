@@ -92,7 +92,7 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
-        if any(stepped) and device_of(model) == "cpu":
+        if device_of(model) == "cpu":
             native()  # compiled now, if need be, and not in the first generation
         prunes = any(state.prunes or state.steps for _, _, states in prepared for state in states.values())
         inside = Inside.of(layers, _reads(structures.values()))

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import top
+from ..kernels import few_rows, top
 from ..probe_config import ceil_share
 from .buffers import keep
-from .plan import LayerInfo, Plan
+from .plan import LayerInfo, Plan, exports
 from .selections import put_selections
 from .state import GroupState
 
@@ -239,6 +240,11 @@ def probe_mask(rows: ProbeRows | None, residual: Tensor | None) -> Tensor | None
 def _additive(allowed: Tensor, residual: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=residual.dtype, device=residual.device)
     return torch.where(allowed, zero, torch.finfo(residual.dtype).min)[:, None]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear layers of a probe: x [..., in], weight [out, in] -> [..., out]."""
+    return F.linear(x, weight, bias) if exports() else few_rows(x, weight, bias)
 
 
 def probe_state(state: GroupState, inputs: tuple[Any, ...], parameters: tuple[Any, ...]) -> Tensor | None:

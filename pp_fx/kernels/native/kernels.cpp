@@ -1,5 +1,7 @@
-// The kernels of strongest.h for torch tensors on a CPU: plain pointers, so that no header of torch is needed.
+// The kernels of this folder for torch tensors on a CPU: plain pointers, so that no header of torch is needed.
 
+#include "columns.h"
+#include "kept_linear.h"
 #include "strongest.h"
 
 #ifndef PP_FX_VERSION
@@ -42,6 +44,9 @@ extern "C" {
 #define PP_FX_EXPORT __attribute__((visibility("default")))
 
 PP_FX_EXPORT const char* pp_fx_kernels_version() { return PP_FX_VERSION; }
+
+// Whether this processor multiplies pairs of bf16 (bfloat16.h).
+PP_FX_EXPORT int pp_fx_multiplies_pairs() { return kernels::kMultipliesPairs; }
 
 // x [tokens, depth], weight [rows, depth] -> x weight^T + bias [tokens, rows]. Types: 0 fp32, 1 fp16, 2 bf16.
 // With scales fp32 [rows] the weight is int8.
@@ -98,5 +103,28 @@ PP_FX_EXPORT int pp_fx_strongest(int type, const float* strength, const void* fa
                             tokens, channels, count, threads, Threads{});
     });
   });
+}
+
+// weight [rows, columns] of numbers of `size` bytes (1, 2, 4) -> y [rows, count]; kept int64 [count], in [0, columns).
+PP_FX_EXPORT int pp_fx_columns(int size, const void* weight, size_t stride, const int64_t* kept, size_t count, void* y,
+                               size_t rows, size_t columns, int threads) {
+  auto run = [&](auto one) {
+    using T = decltype(one);
+    kernels::columns(static_cast<const T*>(weight), stride, kernels::Kept<T>(kept, count, columns), static_cast<T*>(y),
+                     rows, threads, Threads{});
+    return 0;
+  };
+  if (size == 1) return run(uint8_t{});
+  if (size == 2) return run(uint16_t{});
+  if (size == 4) return run(uint32_t{});
+  return 1;
+}
+
+// All bf16: x [tokens, depth], weight [.., depth] -> x weight[kept]^T [tokens, count]; 1 where the processor cannot.
+PP_FX_EXPORT int pp_fx_kept_rows_linear(const void* weight, size_t stride, const int64_t* kept, size_t count,
+                                        const void* x, void* y, size_t tokens, size_t depth, int threads) {
+  return kernels::kept_rows_linear(static_cast<const kernels::BFloat16*>(weight), stride, kept, count,
+                                   static_cast<const kernels::BFloat16*>(x), static_cast<kernels::BFloat16*>(y), tokens,
+                                   depth, threads, Threads{});
 }
 }

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bfloat16.h"
 #include "products.h"
 #include "quantized.h"
 
@@ -79,6 +80,18 @@ template <class T, class W, class ParallelFor>
 void linear(Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
             ParallelFor parallel_for) {
   const size_t depth = weight.width;
+#ifdef PP_FX_PAIRS
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<W, BFloat16>) {
+    if (tokens > 1) {  // a single row waits for the memory, which the code below reads as one stream
+      return parallel_for(tasks, [&](size_t task) {
+        pair_products([&](size_t r) { return weight.row(r); }, x, tokens, depth, rows * task / tasks,
+                      rows * (task + 1) / tasks, [&](size_t t, size_t r, float sum) {
+                        narrow(sum + (bias ? widen(bias[r]) : 0), y[t * rows + r]);
+                      });
+      });
+    }
+  }
+#endif
   const std::vector<float> wide = floats(x, tokens * depth);
   std::vector<const float*> of(tokens);
   for (size_t t = 0; t < tokens; ++t) of[t] = wide.data() + t * depth;
