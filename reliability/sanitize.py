@@ -42,7 +42,8 @@ def build(folder: Path, fault: bool) -> Path:
         (folder / source.name).write_text(text, encoding="utf-8")
     library = folder / "ops.so"
     flags = (*FLAGS, *SANITIZERS, '-DPP_FX_VERSION="sanitized"')
-    subprocess.run(["g++", *flags, str(folder / "ops.cpp"), "-o", str(library)], check=True)
+    for main in ("ops", "kernels"):
+        subprocess.run(["g++", *flags, str(folder / f"{main}.cpp"), "-o", str(folder / f"{main}.so")], check=True)
     return library
 
 
@@ -97,7 +98,9 @@ def fuzz(library: Path, draws: int, seed: int) -> Counter:
             continue
         near = {"float32": 1e-4, "float16": 8e-3, "bfloat16": 8e-2}[dtype]
         counts["right" if not plain or np.allclose(found, right, atol=near, rtol=near) else "wrong"] += 1
-    return counts + fuzz_quantized(library, draws // 4, random)
+    return (
+        counts + fuzz_quantized(library, draws // 4, random) + fuzz_kept(library.with_name("kernels.so"), draws, random)
+    )
 
 
 def fuzz_quantized(library: Path, draws: int, random: np.random.Generator) -> Counter:
@@ -113,6 +116,33 @@ def fuzz_quantized(library: Path, draws: int, random: np.random.Generator) -> Co
         wanted = expected(name, given)
         near = np.abs(found - wanted).max() < ROUNDED * (np.abs(wanted).max() + 1)
         counts["right" if near else "wrong"] += 1
+    return counts
+
+
+def fuzz_kept(library: Path, draws: int, random: np.random.Generator) -> Counter:
+    """Random calls of torch's own kernels for kept columns and for products with kept rows of bf16."""
+    import ml_dtypes
+
+    from pp_fx.kernels.native_kernels import signed
+
+    kernels, counts = signed(library), Counter()
+    for _ in range(draws):
+        rows, width, tokens = (int(n) for n in random.integers(1, (50, 300, 30)))
+        given = random.standard_normal((rows, width)).astype(random.choice((np.float32, np.float16, np.int8)))
+        kept = np.flatnonzero(random.random(width) < random.choice((0.1, 0.6, 1.0)))
+        kept = random.permutation(kept) if random.random() < 0.2 else kept
+        found = np.empty((rows, len(kept)), given.dtype)
+        pointers = (given.ctypes.data, width, kept.ctypes.data, len(kept), found.ctypes.data)
+        kernels.pp_fx_columns(given.itemsize, *pointers, rows, width, 2)
+        right = np.array_equal(found, given[:, kept])
+        weight, x = (random.standard_normal((n, width)).astype(ml_dtypes.bfloat16) for n in (rows, tokens))
+        kept = np.flatnonzero(random.random(rows) < 0.6)
+        made = np.zeros((tokens, len(kept)), ml_dtypes.bfloat16)
+        pointers = (weight.ctypes.data, width, kept.ctypes.data, len(kept), x.ctypes.data, made.ctypes.data)
+        if kernels.pp_fx_kept_rows_linear(*pointers, tokens, width, 2) == 0:
+            wanted = x.astype(np.float64) @ weight[kept].astype(np.float64).T
+            right &= np.allclose(made.astype(np.float64), wanted, atol=0.1, rtol=0.02)
+        counts["right" if right else "wrong"] += 1
     return counts
 
 

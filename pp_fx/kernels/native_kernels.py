@@ -34,7 +34,7 @@ _KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
 def native() -> Any:
     """The native kernels, compiled if need be; None, with one warning, where that cannot be done."""
     try:
-        library = ctypes.CDLL(str(LIBRARY.find() or _build()))
+        return signed(LIBRARY.find() or _build())
     except (BuildError, OSError) as error:
         warnings.warn(
             f"the native kernels are missing ({error}): decode='step' takes the dense model's time, and prompts gain "
@@ -42,6 +42,11 @@ def native() -> Any:
             stacklevel=2,
         )
         return None
+
+
+def signed(path: Path) -> Any:
+    """A library of these kernels, which knows what their arguments are."""
+    library = ctypes.CDLL(str(path))
     for name, signature in _SIGNATURES.items():
         getattr(library, name).argtypes = [_KINDS[kind] for kind in signature.split()]
     return library
