@@ -20,6 +20,7 @@ from ..runtime.selections import Selections, forget, put_selections, selections_
 from ..runtime.state import states_of
 from .bypassed import Inside, check_dropout, check_inside
 from .engine_calls import engine_step, is_engine_call
+from .packed_rows import check_packed
 
 
 class ModelInfo(NamedTuple):
@@ -29,12 +30,14 @@ class ModelInfo(NamedTuple):
         layer: what the first of the layers knows; it owns the configuration.
         prunes: whether any layer drops anything.
         inside: the modules that the layers' graphs bypass.
+        heads: whether any layer prunes attention heads.
         unsplit: a layer whose MLP cannot run a part of a step's tokens pruned, in words; None where all can.
     """
 
     layer: LayerInfo
     prunes: bool
     inside: Inside
+    heads: bool
     unsplit: str | None
 
     @property
@@ -53,8 +56,8 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         ConfigError: of continuous batching, what `engine_step.check_settings` refuses.
         StateError: the layers were changed since `transform`, dropout was asked for, gradient checkpointing would
             select a second time, torch.jit.trace, a step of continuous batching is compiled or recorded or its MLPs
-            cannot be split, or the cache holds tokens and the selections of another transform, or is reserved for
-            another one or another batch size.
+            cannot be split, the row holds several sequences (`packed_rows`), or the cache holds tokens and the
+            selections of another transform, or is reserved for another one or another batch size.
     """
     info: ModelInfo = module.__dict__[MODEL]
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
@@ -75,6 +78,7 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             "gradient checkpointing runs every layer a second time, when the history has moved on and selects "
             "otherwise; call model.gradient_checkpointing_disable(), or train under pp_fx.history_frozen(model)"
         )
+    check_packed(info.settings, info.heads, module, kwargs)
     _check_cache(info, args, kwargs)
     return None
 

@@ -23,7 +23,7 @@ from pp_fx.cli import main
 needs_server = pytest.mark.skipif(
     not is_serve_available(), reason="needs fastapi, uvicorn and openai: pip install '.[serve]'"
 )
-PROMPT = "in spring the trees are green " * 4
+PROMPT = ("pruned as it runs; " * 7)[:120]
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def saved_folder(dense_folder, tmp_path_factory):
 
 @needs_server
 def test_a_dense_folder_gets_the_settings(started, dense_folder):
-    command = started(dense_folder, "--engine", "transformers", "--mlp-ratio", "0.1", "--skip-layers", "1", "--port", "9")
+    command = started(
+        dense_folder, "--engine", "transformers", "--mlp-ratio", "0.1", "--skip-layers", "1", "--port", "9"
+    )
     assert command[1:3] == ["-m", "pp_fx.cli.transformers_server"]
     settings = json.loads(command[3])
     assert (settings["mlp_ratio"], settings["skip_layers"], settings["min_select_tokens"]) == (0.1, 1, 256)
