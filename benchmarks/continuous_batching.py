@@ -25,7 +25,7 @@ from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
 RATIOS = (0.0, 0.1, 0.2, 0.4)
-LOADS = {"256 in, 1 out": (256, 1), "256 in, 32 out": (256, 32)}
+LOADS = {"128 in, 1 out": (128, 1), "128 in, 32 out": (128, 32)}
 """Tokens of a prompt, tokens generated."""
 REQUESTS, BATCH_TOKENS = 16, 1024
 

@@ -11,13 +11,23 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import pp_fx
 from pp_fx.capture.calls import record_calls
 from pp_fx.errors import ConfigError, StateError
+from pp_fx.rewrite.engine_calls import check_compilation, engine_step
 from pp_fx.rewrite.layer import layers_of
 from pp_fx.rewrite.verify import random_call
 from pp_fx.runtime.engine_step import ALL_DENSE, EngineStep
 from pp_fx.runtime.names import STEP
 from pp_fx.runtime.selections import selections_on
 from pp_fx.runtime.state import states_of
-from tests.helpers.continuous import GREEDY, SMALL, FrozenOracle, StepOracle, assert_same, requests, serve
+from tests.helpers.continuous import (
+    GREEDY,
+    SMALL,
+    FrozenOracle,
+    StepOracle,
+    assert_same,
+    requests,
+    serve,
+    without_collection,
+)
 from tests.helpers.families import FAMILIES, build
 from tests.helpers.models import tiny_llama
 from tests.helpers.zeroed import transformed
@@ -49,10 +59,19 @@ def one_by_one(model, wanted):
     return found
 
 
+LONG = pytest.mark.slow
+NOTHING, NEVER = {"mlp_ratio": 0.0}, {"mlp_ratio": 0.4, "min_select_tokens": 10_000}
+
+
 @pytest.mark.parametrize(
-    ("count", "attention"), [(12, "sdpa"), (12, "eager"), pytest.param(200, "sdpa", marks=pytest.mark.slow)]
+    ("count", "attention", "changes"),
+    [
+        (12, "sdpa", NEVER),
+        (12, "eager", NOTHING),
+        pytest.param(200, "sdpa", NEVER, marks=LONG),
+        pytest.param(200, "sdpa", NOTHING, marks=LONG),
+    ],
 )
-@pytest.mark.parametrize("changes", [{"mlp_ratio": 0.0}, {"mlp_ratio": 0.4, "min_select_tokens": 10_000}])
 def test_without_pruning_it_is_generate(count, attention, changes):
     model = tiny_llama(attention=attention)
     wanted = requests(count, seed=count)
@@ -61,8 +80,16 @@ def test_without_pruning_it_is_generate(count, attention, changes):
     assert [tokens for tokens, _ in serve(model, wanted)] == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_batch_tokens": 37}, {"scheduler_type": "prefill_first"}])
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (12, {}),
+        (12, {"max_batch_tokens": 37}),
+        pytest.param(12, {"scheduler_type": "prefill_first"}, marks=LONG),
+        pytest.param(200, {}, marks=LONG),
+        pytest.param(200, {"max_batch_tokens": 37}, marks=LONG),
+    ],
+)
 def test_a_step_prunes_its_prompt_tokens_alone(count, changes):
     """Chunks of prompts beside decoding tokens; both kinds of compensation; a history that learns."""
     original = build("Qwen2") if changes else tiny_llama()
@@ -99,7 +126,7 @@ def test_a_frozen_history_selects_once(probe):
     assert all(map(torch.equal, history(model), before))
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=LONG)])
 def test_a_frozen_history_makes_requests_independent(count):
     """Alone, and in company; with least squares, which a step's own size must not switch."""
     config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=1, freeze_history=True)
@@ -131,7 +158,7 @@ def test_another_calibration_selects_otherwise():
 FAST = ("Llama", "OPT", "Phi3", "GPT-2")  # a gate, none, both projections in one weight, transposed weights
 
 
-@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=LONG) for f in FAMILIES])
 def test_a_layer_taken_apart(family):
     """A fixed selection prunes every token by itself: the pruned tokens as if all were, the others as if none were."""
     config = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=0, round_to=1, probe=None)
@@ -168,8 +195,9 @@ def test_nothing_stays_of_ended_requests():
     model.generation_config = GenerationConfig(max_new_tokens=3, **GREEDY)
     settings = ContinuousBatchingConfig(**SMALL)
     for seed in range(3):
-        prompts = [prompt for prompt, _ in requests(12, seed)]
-        model.generate_batch(prompts, continuous_batching_config=settings, persistent_manager=True)
+        prompts = [prompt for prompt, _ in requests(8, seed)]
+        with without_collection():
+            model.generate_batch(prompts, continuous_batching_config=settings, persistent_manager=True)
         gc.collect()
         sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor))
     manager = model._cached_continuous_batching_manager
@@ -183,29 +211,15 @@ def test_several_answers_to_one_prompt():
     settings = GenerationConfig(
         max_new_tokens=4, do_sample=True, eos_token_id=None, pad_token_id=0, num_return_sequences=3
     )
-    found = model.generate_batch([[*range(2, 70)], [5, 6]], settings, ContinuousBatchingConfig(**SMALL))
+    with without_collection():
+        found = model.generate_batch([[*range(2, 70)], [5, 6]], settings, ContinuousBatchingConfig(**SMALL))
     assert [len(result.generated_tokens) for result in found.values()] == [4] * 6
 
 
-REFUSED = {
-    "heads": ({"attention_ratio": 0.2}, r"attention_ratio=0\.2: continuous batching prunes channels of MLPs alone"),
-    "sticky": ({"decode": "sticky"}, r"decode='sticky'.*set 'auto' or 'dense'"),
-    "step": ({"decode": "step"}, r"decode='step'"),
-    "probe": ({"decode": "probe"}, r"decode='probe'"),
-    "decode_ratio": ({"decode_ratio": 0.3}, r"decode_ratio=0\.3.*leave it None"),
-    "position": ({"history": "position"}, r"history='position'"),
-    "guard": ({"guard": True}, r"guard=True"),
-    "ranking": ({"probe": pp_fx.ProbeConfig(ranking="residual")}, r"probe\.ranking='residual'.*set it to 'even'"),
-    "samples": ({"probe": pp_fx.ProbeConfig(sample_fraction=0.5)}, r"probe\.sample_fraction=0\.5"),
-    "first": ({"probe": pp_fx.ProbeConfig(first_position="always")}, r"probe\.first_position='always'"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_settings_that_do_not_fit(name):
-    changes, message = REFUSED[name]
-    config = pp_fx.ProbePruningConfig(**{"mlp_ratio": 0.4, "skip_layers": 1, "round_to": 1, **changes})
-    model = pp_fx.transform(tiny_llama(), config)
+def test_settings_that_do_not_fit():
+    """Which do not: tests/unit/runtime/test_engine_step.py."""
+    model = pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, attention_ratio=0.2))
+    message = r"attention_ratio=0\.2: continuous batching prunes channels of MLPs alone; set it to 0"
     with pytest.raises(ConfigError, match=message):
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(ConfigError, match=message):  # whoever calls the model himself
@@ -224,8 +238,24 @@ def test_compiled_steps_are_refused():
     with pytest.raises(ConfigError, match="default_compile_level=0"):
         model.generate_batch([[1, 2, 3]], continuous_batching_config=ContinuousBatchingConfig(default_compile_level=1))
     assert model.config._attn_implementation == "eager"
+    ids, given = torch.tensor([[1, 2]]), {"cu_seq_lens_q": torch.tensor([0, 2]), "write_index": [], "use_cache": False}
+    with pytest.raises(Exception, match="that is compiled would repeat"):  # whoever compiles the model himself
+        torch.compile(model, backend="eager", fullgraph=True)(ids, **given)
     pp_fx.restore(model)
     assert "init_continuous_batching" not in vars(model)
+
+
+def test_recorded_steps_are_refused():
+    """What transformers has resolved, as on CUDA with flash attention; a graph of decode steps repeats nothing."""
+    with pytest.raises(ConfigError, match=r"use_cuda_graph=\(True, True\).*use_cuda_graph=\(False, True\)"):
+        check_compilation(ContinuousBatchingConfig(use_cuda_graph=True))
+    check_compilation(ContinuousBatchingConfig(use_cuda_graph=(False, True)))
+
+
+def test_a_block_table_is_of_decoding_alone():
+    """transformers gives one where every request runs one token: nothing is read of the device."""
+    given = {"cu_seq_lens_q": torch.empty(3, device="meta"), "block_table": torch.zeros(1, 2, 4)}
+    assert engine_step(CONFIG, None, (1, 2), given) is ALL_DENSE
 
 
 def test_pages_without_borders_are_refused():

@@ -35,9 +35,13 @@ def serve(model, wanted, padded=False, together=True, **changes):
     the one before, and not `together`. `padded`: the flat row is padded to a multiple of 64, as transformers pads it
     for compiled steps.
     """
-    # transformers collects garbage when a manager ends, which takes longer than all the steps of a tiny model
-    with unittest.mock.patch.object(continuous_api, "gc", types.SimpleNamespace(collect=lambda: None)):
+    with without_collection():
         return _serve(model, wanted, padded, together, changes)
+
+
+def without_collection():
+    """A manager that ends collects no garbage, which takes longer than all the steps of a tiny model."""
+    return unittest.mock.patch.object(continuous_api, "gc", types.SimpleNamespace(collect=lambda: None))
 
 
 def _serve(model, wanted, padded, together, changes):
