@@ -189,10 +189,21 @@ def serving(found: dict[str, Any]) -> str:
     columns = {"": "{label}", "transformers, batches of one": "{transformers:.1f}"}
     columns |= {"vLLM, one request a step": "{alone:.1f}", "vLLM, up to four": "{in company:.1f}"}
     columns |= {"block MACs": "{macs:.3f}"}
+    return grid(found["rows"], columns | loads(found))
+
+
+def loads(found: dict[str, Any]) -> dict[str, str]:
+    """Columns of throughput and time for every load that was served."""
+    columns = {}
     for load in found["loads"]:
         columns |= {f"tokens/s, {load}": f"{{{load}[tokens_per_second]:.0f}}"}
         columns |= {f"time / dense, {load}": f"{{{load}[ratio]:.3f}}"}
-    return grid(found["rows"], columns)
+    return columns
+
+
+def continuous_batching(found: dict[str, Any]) -> str:
+    """The loads against a stock model."""
+    return grid(found["rows"], {"": "{label}", **loads(found)})
 
 
 def serving_tasks(found: dict[str, Any]) -> str:
@@ -231,7 +242,7 @@ TABLES |= {
     for f in (generated, quantized, quantized_tasks, step_kernels, mixed_batches, compare)
 }
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, costs)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, costs, continuous_batching)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

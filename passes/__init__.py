@@ -10,6 +10,7 @@ from .insert_compensation import InsertCompensation
 from .insert_history import InsertHistory
 from .insert_probe import InsertProbe
 from .insert_selection import InsertSelection
+from .insert_split import InsertSplit
 from .insert_step import InsertStep
 from .normalize_linears import NormalizeLinears
 
@@ -28,6 +29,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
             GatherChannels(),
             InsertCompensation(),
             InsertHistory(),
+            InsertSplit(),
             Cleanup(),
         ]
     )
@@ -44,6 +46,7 @@ __all__ = [
     "InsertHistory",
     "InsertProbe",
     "InsertSelection",
+    "InsertSplit",
     "InsertStep",
     "NormalizeLinears",
     "Pass",

@@ -36,7 +36,8 @@ class InsertProbe(Pass):
         with block.graph.inserting_before(first_call):
             block.layer = block.graph.get_attr(LAYER)
             cache = next((n for n in block.graph.nodes if n.meta.get("kv_cache")), None)
-            args = (block.layer, hidden, cache)
+            forwarded = next((n for n in block.graph.nodes if str(n.target).startswith("**")), None)
+            args = (block.layer, hidden, cache, forwarded)
             block.plan = block.call(plan.plan_call, args, "plan")
             args = (hidden, block.argument("attention_mask"), block.plan, block.layer, block.inverted_mask)
             block.real_rows = block.call(real_rows.real_rows, args, "real_rows")

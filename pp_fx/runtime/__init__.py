@@ -11,6 +11,7 @@
 | `model_calls` | the model's own attention, KV cache and modules |
 | `compensate` | what stands in for the dropped units |
 | `history` | the running statistics, updated from what ran |
+| `split` | an engine's step: its prompt tokens apart from its other tokens |
 
 They stand on `state` (what a group remembers), `selections` and `compact` (what a generation keeps on its KV cache),
 `buffers` and `cuda_graphs` (memory that outlives a call), `modes` (states for a while) and `names`. `engine_step` says

@@ -38,7 +38,7 @@ def _compensation(
     settings, name = plan.settings, state.compensation
     if (
         name == "least_squares"
-        and not plan.exports
+        and not (plan.exports or plan.once)
         and plan.shape[0] * _tokens(state, plan) < (settings.compensation_min_tokens or 0)
     ):
         name = "mean"

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import ProbePruningConfig
+from ..errors import ConfigError
+
+DECODES = ("auto", "dense")
+"""What `decode` may say: tokens that decode run all channels."""
 
 
 class EngineStep(NamedTuple):
@@ -42,6 +46,43 @@ ALL_DENSE = EngineStep(torch.empty(0, dtype=torch.int64), None)
 def by_history(settings: ProbePruningConfig) -> bool:
     """Whether the history alone selects, once and for all: then no request depends on its company."""
     return settings.freeze_history or settings.probe is None
+
+
+def check_settings(settings: ProbePruningConfig, engine: str, where: str = "") -> None:
+    """Refuse what cannot be done for a flat row of many requests.
+
+    Args:
+        settings: of the model.
+        engine: its name, for the message.
+        where: the place at which they are changed, for the message: " in config.json".
+
+    Raises:
+        ConfigError: heads or decode steps are to be pruned, positions count, or the probe ranks rows.
+    """
+    heads, ratio = settings.attention_ratio, settings.decode_ratio
+    if any(heads if isinstance(heads, tuple) else (heads,)):
+        raise ConfigError(f"attention_ratio={heads}: {engine} prunes channels of MLPs alone; set it to 0{where}")
+    if settings.decode not in DECODES:
+        raise ConfigError(
+            f"decode={settings.decode!r}: no selection belongs to one sequence in {engine}, where decoding runs dense; "
+            f"set 'auto' or 'dense'{where}"
+        )
+    if ratio is not None:
+        raise ConfigError(f"decode_ratio={ratio}: in {engine} decoding runs dense; leave it None{where}")
+    if settings.history == "position":
+        raise ConfigError(
+            "history='position': a step's tokens have positions of many requests; calibrate with history='channel'"
+        )
+    if settings.guard:
+        raise ConfigError("guard=True measures calls of one length; leave it out and set min_select_tokens")
+    if settings.probe is None:
+        return
+    for name, able in (("ranking", "even"), ("sample_fraction", 1.0), ("first_position", "never")):
+        if getattr(settings.probe, name) != able:
+            raise ConfigError(
+                f"probe.{name}={getattr(settings.probe, name)!r}: the probe of a step is spread evenly over the tokens "
+                f"of many requests; set it to {able!r}{where}"
+            )
 
 
 def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) -> EngineStep:

@@ -41,17 +41,16 @@ def update_history(
     """
     if not plan.selects:
         return
-    z = z.reshape(*plan.shape, -1)
     if state.mode == "calibrate":
         if state.collector is not None:
-            state.collector.add(z, residual, real, weight)
+            state.collector.add(z.reshape(*plan.shape, -1), residual, real, weight)
         return
     if state.energy is None or state.mean is None or state.mode == "frozen":
         return
     if selection is None or probe is None or rows is None:
         return
     columns = selection.columns
-    z, probe = z.detach(), probe.detach()
+    z, probe = z.reshape(*plan.shape, -1).detach(), probe.detach()
     gram = None if gram is None else gram.detach()
     if state.energy.ndim == 1:
         flat, mask = _spaced_rows(z, real, plan.settings.history_rows)

@@ -10,6 +10,8 @@ MODEL = "pp_fx_info"
 """Attribute of the module that holds the rewritten layers: its `rewrite.call_check.ModelInfo`."""
 SELECTIONS = "pp_fx_selections"
 """Attribute of a KV cache: its `selections.Selections`."""
+STEP = "pp_fx_step"
+"""Keyword argument of a layer under continuous batching: the `engine_step.EngineStep` that runs."""
 
 
 def state_name(kind: str) -> str:

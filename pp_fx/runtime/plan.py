@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import ProbePruningConfig
+from .engine_step import EngineStep, by_history
+from .names import STEP
 from .selections import Selection, Selections, put_selections, selections_on
 
 
@@ -53,6 +55,9 @@ class Plan(NamedTuple):
         exports: an exported graph is being traced (torch.export, torch.onnx): sizes are symbols, one graph serves
             every length, and nothing outlives it.
         steps: the call's tokens choose the MLP's channels for themselves (`step`).
+        engine: the step of an engine with continuous batching that this call is, if it prunes; else None. `shape` then
+            counts the step's pruned tokens alone.
+        once: the history alone selects, once and for all calls.
         keeps: the cache came from the caller, so a selection is kept as decode steps read it.
     """
 
@@ -66,6 +71,8 @@ class Plan(NamedTuple):
     exports: bool = False
     keeps: bool = False
     steps: bool = False
+    engine: EngineStep | None = None
+    once: bool = False
 
 
 def exports() -> bool:
@@ -76,9 +83,10 @@ def exports() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
-def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
+def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: dict[str, Any] | None = None) -> Plan:
     """The plan of a block call with hidden states [B, T, H].
 
+    Under continuous batching the step that is among the layer's **kwargs (`forwarded`) says what is pruned.
     Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
     on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense, and with
@@ -92,6 +100,8 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     small = guarded and shape[0] * shape[1] < layer.guard_tokens
     if not layer.prunes:
         return Plan(shape, settings, False, False, cache, {}, exports=exported)
+    if forwarded and STEP in forwarded:
+        return _plan_step(shape, settings, forwarded[STEP])
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
     if settings.steps and shape[1] < settings.min_select_tokens:
@@ -114,6 +124,15 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any) -> Plan:
     reprobes = selections is not None and selections.reprobes
     reused = {} if settings.decode == "dense" else stored
     return Plan(shape, settings, False, reprobes, cache, reused, exports=exported, keeps=keeps)
+
+
+def _plan_step(shape: tuple[int, int], settings: ProbePruningConfig, step: EngineStep) -> Plan:
+    """Of a flat row [1, T]: its prompt tokens select, for this call alone."""
+    cache: Any = None
+    if not step.prunes:
+        return Plan(shape, settings, False, False, cache, {})
+    tokens = shape[1] if step.pruned is None else step.pruned.shape[0]
+    return Plan((1, tokens), settings, True, False, cache, {}, engine=step, once=by_history(settings))
 
 
 _RESET = (

@@ -65,9 +65,9 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
 
     Returns:
         The probe's rows, or None when this call needs no probe: the layer is dense here, calibration is running, the
-        call reuses the generation's selection, or the prompt is shorter than `min_select_tokens` and the model is
-        calibrated (then the history alone decides: a probe would cost more than its share of so short a call). A
-        re-probe takes all rows of its window.
+        call reuses the generation's selection, the history alone decides once and for all, or the prompt is shorter
+        than `min_select_tokens` and the model is calibrated (then the history alone decides: a probe would cost more
+        than its share of so short a call). A re-probe takes all rows of its window.
     """
     if plan.reprobes and state.reprobes:
         return ProbeRows(None, torch.arange(source.shape[1], device=source.device), None)
@@ -75,7 +75,7 @@ def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Pl
         return None
     batch, length = source.shape[0], source.shape[1]
     settings = plan.settings.probe
-    if settings is None:
+    if settings is None or plan.once:
         return None
     if state.calibrated and not plan.exports and length < plan.settings.min_select_tokens:
         return None  # an exported graph serves every length: it decides by `too_short`

@@ -22,8 +22,8 @@ def real_rows(
     Raises:
         InputError: the mask is of another kind (for example flex attention's BlockMask).
     """
-    if attention_mask is None or not plan.selects:
-        return None
+    if attention_mask is None or not plan.selects or plan.engine is not None:
+        return None  # an engine's step names its tokens itself
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         raise InputError(
             f"attention_mask of type {type(attention_mask).__name__} cannot be read; "

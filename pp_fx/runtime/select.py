@@ -93,10 +93,15 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
         if selection is not None and scores is not None:
             return _reselect(state, scores, selection, plan)
         return selection
+    if plan.once and state.held is not None and state.held.version == layer.version:
+        return state.held
     if scores is None:
         if not state.calibrated:
             raise StateError(
                 "probe=None chooses by the history, but the model is not calibrated; call pp_fx.calibrate first"
+                if plan.settings.probe is None
+                else "freeze_history=True chooses by the history alone in continuous batching, but the model is not "
+                "calibrated; call pp_fx.calibrate first"
             )
         scores = history_scores(state, plan.exports)
     elif plan.exports and state.calibrated:
@@ -106,6 +111,8 @@ def choose_units(state: GroupState, scores: Tensor | None, plan: Plan, layer: La
     compact = plan.exports or (plan.keeps and state.holds_compact)
     limit = 0 if compact else plan.settings.kernel_rows
     selection.read_weights(compact, limit > 0 and plan.shape[0] * plan.shape[1] <= limit)
+    if plan.once:
+        state.held = selection
     return selection
 
 

@@ -13,6 +13,7 @@ from ..kernels.coded import Coded
 from ..layouts import codes_of
 from ..methods import SCORES, column_sum
 from .names import rows_name
+from .selections import Selection
 
 HISTORY_BUFFERS = {"energy": True, "mean": True, "directions": False, "gram": True, "seen": True}
 """Buffers of a GroupState that are its history, and whether prompts update them or calibration alone."""
@@ -50,6 +51,7 @@ class GroupState(nn.Module):
             score reads it.
         seen: fp32 scalar, 0 until the first batch or calibration, then 1.
         calibrated: whether `calibrate` has set the history.
+        held: under continuous batching what the history alone has selected, once and for all; None before.
         reprobes: whether decoding probes this group again.
         holds_compact: whether decoding keeps compact weights of this group on the KV cache.
         mode: "run", "frozen" (select, but leave the history), "calibrate" (dense, collect statistics).
@@ -90,6 +92,7 @@ class GroupState(nn.Module):
         self.units, self.width, self.kept_units = units, width, kept_units
         self.step_units = units if step_units is None else step_units
         self.probe, self.factor = probe, factor
+        self.held: Selection | None = None
         self.calibrated = False
         self.reprobes = settings.reprobes and reprobes and self.prunes
         self.holds_compact = settings.decode != "dense" and not settings.steps
@@ -127,6 +130,14 @@ class GroupState(nn.Module):
     def prunes(self) -> bool:
         """Whether this layer drops anything here."""
         return self.kept_units < self.units
+
+    @property
+    def calibrated(self) -> bool:
+        return self._calibrated
+
+    @calibrated.setter
+    def calibrated(self, value: bool) -> None:
+        self._calibrated, self.held = value, None  # another history selects otherwise
 
     @property
     def steps(self) -> bool:

@@ -1,11 +1,10 @@
-"""What a rewritten layer would bypass or select twice is refused: adapters, hooks, recomputation, paged caches."""
+"""What a rewritten layer would bypass or select twice is refused: adapters, hooks, recomputation."""
 
 import copy
 import unittest.mock
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pp_fx
@@ -214,16 +213,6 @@ def test_gradient_checkpointing_needs_a_frozen_history(model, ids):
         return torch.cat([p.grad.flatten() for p in twin.parameters()])
 
     torch.testing.assert_close(gradients(True), gradients(False))
-
-
-def test_continuous_batching_is_refused(model, ids, capfd):
-    settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
-    # transformers runs it in a thread, and logs what is raised there
-    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
-    found = model.generate_batch([ids[0].tolist()], settings, small, progress_bar=False)
-    assert not any(result.generated_tokens for result in found.values())
-    assert "generate_batch (continuous batching) cannot be served" in str(found) + capfd.readouterr().err
-    assert model.generate(ids, generation_config=settings).shape[1] == ids.shape[1] + 2
 
 
 def test_a_routers_noise_is_refused_in_training(ids):

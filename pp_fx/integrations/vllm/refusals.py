@@ -9,12 +9,11 @@ from packaging.version import parse
 
 from ...config import ProbePruningConfig
 from ...errors import ConfigError, RequirementError, UnsupportedModelError
+from ...runtime.engine_step import check_settings as check_shared
 from ..hf_config import ProbePruningHfConfig
 
 LEAST, BELOW = "0.32", "0.33"
 """Versions of vLLM: from the first on, below the second."""
-DECODES = ("auto", "dense")
-"""What `decode` may say: tokens that decode run all channels."""
 
 
 def check_version() -> None:
@@ -40,29 +39,7 @@ def check_settings(given: ProbePruningHfConfig) -> None:
             f"quantization={type(given.quantization).__name__}: vLLM prunes plain weights alone; save the model "
             "without it"
         )
-    heads = config.attention_ratio
-    if any(heads if isinstance(heads, tuple) else (heads,)):
-        raise ConfigError(f"attention_ratio={heads}: vLLM prunes channels of MLPs alone; set it to 0 in config.json")
-    if config.decode not in DECODES:
-        raise ConfigError(
-            f"decode={config.decode!r}: no selection belongs to one sequence in vLLM, where decoding runs dense; set "
-            "'auto' or 'dense' in config.json"
-        )
-    if config.history == "position":
-        raise ConfigError(
-            "history='position': a step's tokens have positions of many requests; calibrate with history='channel'"
-        )
-    if config.guard:
-        raise ConfigError("guard=True measures layers of transformers; leave it out and set min_select_tokens")
-    probe = config.probe
-    if probe is None:
-        return
-    for name, able in (("ranking", "even"), ("sample_fraction", 1.0), ("first_position", "never")):
-        if getattr(probe, name) != able:
-            raise ConfigError(
-                f"probe.{name}={getattr(probe, name)!r}: the probe of a step is spread evenly over the tokens of many "
-                f"requests; set it to {able!r} in config.json"
-            )
+    check_shared(config, "vLLM", " in config.json")
 
 
 def check_engine(engine: Any, config: ProbePruningConfig) -> None:

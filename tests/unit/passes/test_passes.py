@@ -35,6 +35,7 @@ def test_match_counts(llama):
         "InsertCompensation": 2,
         "InsertHistory": 2,
         "InsertStep": 1,
+        "InsertSplit": 1,
     }
 
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 
 import pp_fx
-from pp_fx.runtime.engine_step import by_history, plan_step
+from pp_fx.errors import ConfigError
+from pp_fx.runtime.engine_step import by_history, check_settings, plan_step
 
 SETTINGS = pp_fx.ProbePruningConfig(min_select_tokens=8)
 FROZEN = pp_fx.ProbePruningConfig(min_select_tokens=8, freeze_history=True)
@@ -46,3 +47,35 @@ def test_every_token_has_its_place(lengths, padding):
     else:
         assert set(step.pruned.tolist()) == prompts
         assert set(step.dense.tolist()) == set(range(tokens)) - prompts
+
+
+REFUSED = {
+    "heads": ({"attention_ratio": 0.2}, r"attention_ratio=0\.2: an engine prunes channels of MLPs alone"),
+    "sticky": ({"decode": "sticky"}, r"decode='sticky'.*set 'auto' or 'dense'"),
+    "step": ({"decode": "step"}, r"decode='step'"),
+    "probe": ({"decode": "probe"}, r"decode='probe'"),
+    "decode_ratio": ({"decode_ratio": 0.3}, r"decode_ratio=0\.3.*leave it None"),
+    "position": ({"history": "position"}, r"history='position'"),
+    "guard": ({"guard": True}, r"guard=True"),
+    "ranking": ({"probe": pp_fx.ProbeConfig(ranking="residual")}, r"probe\.ranking='residual'.*set it to 'even'"),
+    "samples": ({"probe": pp_fx.ProbeConfig(sample_fraction=0.5)}, r"probe\.sample_fraction=0\.5"),
+    "first": ({"probe": pp_fx.ProbeConfig(first_position="always")}, r"probe\.first_position='always'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_do_not_fit(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        check_settings(pp_fx.ProbePruningConfig(**changes), "an engine")
+
+
+def test_settings_that_fit():
+    for decode in ("auto", "dense"):
+        check_settings(pp_fx.ProbePruningConfig(decode=decode, step_probe=None), "an engine")
+    check_settings(pp_fx.ProbePruningConfig(probe=None), "an engine")
+
+
+def test_the_place_is_named():
+    with pytest.raises(ConfigError, match=r"set it to 0 in config\.json"):
+        check_settings(pp_fx.ProbePruningConfig(attention_ratio=0.1), "an engine", " in config.json")
