@@ -48,10 +48,12 @@ class Cut:
     Attributes:
         parameters: all DTensors, whole ones (a bias that is added behind the sum) among them.
         summed: weights cut by column: the linear layer's output is a partial one.
+        size: how many shards there are.
     """
 
     parameters: frozenset[str]
     summed: frozenset[str]
+    size: int
 
 
 @dataclass

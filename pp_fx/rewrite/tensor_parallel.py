@@ -140,7 +140,8 @@ def cut_of(layer: nn.Module) -> Cut | None:
     if not found:
         return None
     summed = {name for name, p in found.items() if p.ndim == 2 and p.placements[0].is_shard(1)}
-    return Cut(frozenset(found), frozenset(summed))
+    mesh = next(iter(found.values())).device_mesh
+    return Cut(frozenset(found), frozenset(summed), mesh.size())
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def test_a_shard_s_outputs_are_summed_in_front_of_their_bias():
     model = tiny_llama(bias=True)
     parameters = {n for n, p in model.model.layers[0].named_parameters() if "norm" not in n}
     summed = frozenset({"self_attn.o_proj.weight", "mlp.down_proj.weight"})
-    block = BlockGraph(captured(model), cut=Cut(frozenset(parameters), summed))
+    block = BlockGraph(captured(model), cut=Cut(frozenset(parameters), summed, 2))
     results = probe_pruning()(block)
     assert (results["SumShards"].matches, results["FindChannelGroups"].matches) == (2, 2)
     sums = [n for n in block.graph.nodes if n.target is sum_of_shards]
