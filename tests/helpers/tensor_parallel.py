@@ -13,15 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.distributed import DistributedConfig
 
 import pp_fx
 from pp_fx.cache import selections_on
-from pp_fx.errors import ConfigError, InputError, StateError, UnsupportedModelError
 from pp_fx.evaluate import evaluate
 from pp_fx.macs import count_macs
 from pp_fx.ranks import of_all
-from pp_fx.rewrite import structures as structures_of
 from pp_fx.rewrite.layer import layers_of
 from pp_fx.runtime import select
 from pp_fx.runtime.probe import choose_rows
@@ -30,35 +27,8 @@ from pp_fx.shards import is_distributed
 
 from .families import FAMILIES, build
 from .models import tiny_llama
-
-SEPARABLE = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, mlp_compensation="mean", attention_score=None,
-    decode="sticky", probe=pp_fx.ProbeConfig(ranking="residual", token_fraction=0.2),
-)  # fmt: skip
-"""One process can make the same choice: no score and no compensation looks at two channels together."""
-JOINT = pp_fx.ProbePruningConfig(
-    mlp_ratio=0.4, attention_ratio=0.4, skip_layers=1, round_to=1, compensation_min_tokens=64, decode="sticky",
-    compensation_rank=12,
-)  # fmt: skip
-IDS = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
-TEXT = torch.randint(2, 97, (5, 40), generator=torch.Generator().manual_seed(1))
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-"""transformers' own test of tensor parallel logits (tests/test_tensor_parallel_mixin.py)."""
-PLANS = {
-    "OPT": {"model.decoder.layers.*.fc1": "colwise", "model.decoder.layers.*.fc2": "rowwise"},
-}  # transformers has none of its own for it
-
-
-def load(folder, plan="auto"):
-    """The tensor parallel model of a folder."""
-    config = DistributedConfig(tp_plan=plan, tp_size=dist.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, local_files_only=True).eval()
-
-
-def transformed(model, config):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pp_fx.transform(model, config)
+from .shard_errors import errors, refusals
+from .shards import CLOSE, IDS, JOINT, PLANS, SEPARABLE, TEXT, load, logits, save, transformed
 
 
 def by_shard(model, function, *args, **kwargs):
@@ -80,11 +50,6 @@ def by_shard(model, function, *args, **kwargs):
         return function(*args, **kwargs)
     finally:
         select.top = top
-
-
-def logits(model, ids=IDS, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 def rows_of(model, ids):
@@ -202,6 +167,36 @@ def zero(projection, shards):
     return projection.register_forward_pre_hook(before), projection.register_forward_hook(after)
 
 
+def steps_choose_by_shard(model, whole):
+    """decode="step": each token takes its strongest channels of every shard; in one process all others are zeroed."""
+    size = dist.get_world_size()
+    transformed(model, pp_fx.ProbePruningConfig(mlp_ratio=0.0, decode="step", decode_ratio=0.4))
+    kept, hooks = [state.step_units for state in states_of(model) if state.kind == "mlp"], []
+    assert all(k < model.config.intermediate_size // size for k in kept)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for one, cache in zip((model, whole), caches, strict=True):
+        logits(one, past_key_values=cache)
+    for layer, count in zip(whole.model.layers, kept, strict=True):
+        gates = {}
+
+        def keep(module, args, out, gates=gates):
+            gates["of"] = torch.nn.functional.silu(out)
+
+        def zeroed(module, args, gates=gates, count=count):
+            strength = (gates["of"].abs() * module.weight.norm(dim=0)).unflatten(-1, (size, -1))
+            best = torch.zeros_like(strength).scatter(-1, strength.topk(count).indices, 1)
+            return (args[0] * best.flatten(-2),)
+
+        hooks += [layer.mlp.gate_proj.register_forward_hook(keep)]
+        hooks += [layer.mlp.down_proj.register_forward_pre_hook(zeroed)]
+    for token in IDS.flip(1)[:, :3].split(1, 1):
+        found, expected = (logits(m, token, past_key_values=c) for m, c in zip((model, whole), caches, strict=True))
+        torch.testing.assert_close(found, expected, **CLOSE)
+    for hook in hooks:
+        hook.remove()
+    pp_fx.restore(model)
+
+
 def saved_and_loaded(model, whole, folder):
     """Histories of many shards on one device and back, and of one device on many."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -242,88 +237,22 @@ def check_directions(found, expected, size):
     assert len(found) == len(expected)
 
 
-def raised(kind, function, *parts):
-    """What a call raises on this rank, after all ranks have come here."""
-    with pytest.raises(kind) as found:
-        function()
-    for part in parts:
-        assert part in str(found.value), str(found.value)
-    dist.barrier()
-
-
-def errors(model, folder):
-    """What one rank alone meets, all raise; the model is left as it was, and nobody waits."""
-    rank = dist.get_rank()
-    before, find = logits(model), structures_of.capture_layer
-    config = pp_fx.ProbePruningConfig(mlp_ratio=0.4)
-    if rank == 1:
-
-        def broken(*args):
-            raise UnsupportedModelError("this rank cannot")
-
-        structures_of.capture_layer = broken
-    raised(UnsupportedModelError, lambda: pp_fx.transform(model, config), "this rank cannot")
-    structures_of.capture_layer = find
-    raised(ConfigError, lambda: pp_fx.transform(model, {"mlp_ratio": 0.4 + 0.1 * rank}), "config of rank 1")
-    raised(ConfigError, lambda: pp_fx.transform(model, {"mlp_ratio": 7 if rank else 0.4}), "mlp_ratio=7")
-    raised(ConfigError, lambda: pp_fx.transform(model, {"guard": True}), "guard=True", "set guard=False")
-    raised(StateError, lambda: pp_fx.bench.bench(model, IDS), "tp_size=", "bench")
-    assert not pp_fx.is_transformed(model)
-    assert torch.equal(logits(model), before)
-    transformed(model, config)
-    wrong = IDS + 1000 * rank
-    other = "batches[1] of rank 1 is not that of rank 0"
-    refused = {"out of range": (wrong, [IDS, wrong]), other: ([IDS] * (1 + rank), [IDS, IDS.flip(1) if rank else IDS])}
-    for part, given in refused.items():
-        for batches in given:
-            raised(InputError, lambda batches=batches: pp_fx.calibrate(model, batches, progress=False), part)
-    assert not any(state.calibrated for state in states_of(model))
-    with pytest.raises(StateError, match="no gradients"):
-        model(IDS)
-    pp_fx.restore(model)
-    data_parallel = transformed(tiny_llama(), config)
-    bad = torch.full((2, 8), 1000 if rank else 5)
-    what = "token id 1000, out of range", *([] if rank else ["rank 1 failed"])
-    raised(InputError, lambda: pp_fx.calibrate(data_parallel, bad, progress=False), *what)
-
-
-def refusals(folder):
-    """Plans, sizes and other parallelism that are not served, by name and on all ranks."""
-    size = dist.get_world_size()
-    gathered = {"model.layers.*.mlp.gate_proj": "colwise_gather_output", "model.layers.*.mlp.up_proj": "colwise"}
-    save(tiny_llama(layers=1), folder / "gathered")
-    model = load(folder / "gathered", gathered)
-    raised(UnsupportedModelError, lambda: pp_fx.transform(model), "'colwise_gather_output'", "gate_proj")
-    save(tiny_llama(heads=2 * size, kv_heads=1, layers=1), folder / "heads")
-    heads = load(folder / "heads")
-    raised(UnsupportedModelError, lambda: pp_fx.transform(heads), "num_key_value_heads=1", f"tp_size={size}")
-    save(tiny_llama(intermediate=97, layers=1), folder / "channels")
-    channels = load(folder / "channels")
-    raised(UnsupportedModelError, lambda: pp_fx.transform(channels), "97 channels", f"tp_size={size}")
-    save(build("OPT"), folder / "opt")
-    with pytest.raises(ValueError, match="has no `tp_plan`"):
-        load(folder / "opt")
-    sharded = tiny_llama(layers=1)
-    mesh = torch.distributed.init_device_mesh("cpu", (size,))
-    torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=mesh)
-    raised(UnsupportedModelError, lambda: pp_fx.transform(sharded), "FSDP2", "load the whole model on every rank")
-
-
 def compiled(model, whole):
-    """torch.compile of a tensor parallel model gives what the uncompiled one gives."""
+    """Blocks that are compiled, as one graph each, give what the uncompiled ones give.
+
+    Of the whole model torch 2.13 compiles the prompt; at the next shape transformers' embedding fails, pruned or not.
+    """
     transformed(model, SEPARABLE)
-    with torch.no_grad(), pp_fx.history_frozen(model):
-        expected = model(IDS, use_cache=False).logits
-        found = torch.compile(model)(IDS, use_cache=False).logits
-    torch.testing.assert_close(found, expected, **CLOSE)
-    pp_fx.restore(model)
 
+    def run():
+        cache = DynamicCache(config=model.config)
+        return [logits(model, part, past_key_values=cache) for part in (IDS, IDS[:, :1], IDS[:, 1:2])]
 
-def save(model, folder):
-    """Written by one rank, read by all."""
-    if dist.get_rank() == 0:
-        model.save_pretrained(folder)
-    dist.barrier()
+    with pp_fx.history_frozen(model), torch._dynamo.config.patch(recompile_limit=64):
+        expected = run()
+        for layer in layers_of(model):
+            layer.compile(fullgraph=True)
+        torch.testing.assert_close(run(), expected, **CLOSE)
 
 
 def of_family(name, size):
@@ -345,10 +274,9 @@ def family(name, folder):
     equal_to_one_process(model, whole)
     equal_to_selection_by_shard(model, whole)
     equal_to_zeroed(model, whole)
+    if name == "Llama":
+        steps_choose_by_shard(model, whole)
     return model, whole
-
-
-CHECKS = {"errors", "refusals", "saved", "compiled"}
 
 
 def main(folder, names):
