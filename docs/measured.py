@@ -226,6 +226,15 @@ def serving_layer(found: dict[str, Any]) -> str:
     return grid(rows.values(), {**columns, **{f"time / dense, {name}": f"{{{name}:.3f}}" for name in tokens}})
 
 
+def shards(found: dict[str, Any]) -> str:
+    """One number of shards a row, against one choice among all channels."""
+    columns = {"model": "{model}", "MLP dropped": "{mlp_ratio:.0%}", "shards": "{shards}"}
+    for title, key in (("choice by shard", "choice"), ("and compensation", "choice and compensation")):
+        above = f"{{{key}[cost]:+.1%}} (NLL {{{key}[nll_above_one]:+.4f}} ± {{{key}[nll_stderr]:.4f}})"
+        columns |= {f"perplexity, {title}": f"{{{key}[ppl]:.2f}}", f"{title}, above one shard": above}
+    return grid(found["rows"], columns)
+
+
 def costs(found: dict[str, Any]) -> str:
     """Seconds and bytes before anything is saved."""
     rows = [{"name": k, **row, "share": row["state_bytes"] / row["weight_bytes"]} for k, row in found["rows"].items()]
@@ -242,7 +251,7 @@ TABLES |= {
     for f in (generated, quantized, quantized_tasks, step_kernels, mixed_batches, compare)
 }
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, costs, continuous_batching)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, shards, costs, continuous_batching)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

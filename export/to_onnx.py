@@ -20,6 +20,7 @@ from ..rewrite.layer import layers_of, settings_of
 from ..runtime.modes import guard_lifted
 from ..runtime.names import LAYER
 from ..runtime.state import states_of
+from ..shards import check_whole
 from .agreement import compare_with_torch
 from .folder import DATA, MODEL, finish, prepare, write_configs
 from .functions import add_functions
@@ -143,6 +144,7 @@ def _first_cause(error: BaseException) -> str:
 
 def _check(model: Any, opset: int) -> list[Port]:
     """The model's ports."""
+    check_whole(model, "export")
     layers_of(model)
     if model.get_output_embeddings() is None or not hasattr(model, "generation_config"):
         raise ExportError(f"model={type(model).__name__} has no LM head; export a causal language model")

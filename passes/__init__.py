@@ -1,7 +1,7 @@
 """Graph passes that turn a captured decoder layer into a probe-pruned one."""
 
 from ..config import ProbePruningConfig
-from .base import BlockGraph, GroupNodes, Pass, PassManager, PassResult
+from .base import BlockGraph, Cut, GroupNodes, Pass, PassManager, PassResult
 from .cleanup import Cleanup
 from .find_channel_groups import FindChannelGroups
 from .free_head_count import FreeHeadCount
@@ -12,7 +12,9 @@ from .insert_probe import InsertProbe
 from .insert_selection import InsertSelection
 from .insert_split import InsertSplit
 from .insert_step import InsertStep
+from .localize_weights import LocalizeWeights
 from .normalize_linears import NormalizeLinears
+from .sum_shards import SumShards
 
 
 def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
@@ -21,6 +23,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
     return PassManager(
         [
             NormalizeLinears(),
+            SumShards(),
             FreeHeadCount(),
             FindChannelGroups(),
             InsertProbe(whole_keys=config.probe is None or config.probe.attention == "queries"),
@@ -30,6 +33,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
             InsertCompensation(),
             InsertHistory(),
             InsertSplit(),
+            LocalizeWeights(),
             Cleanup(),
         ]
     )
@@ -38,6 +42,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
 __all__ = [
     "BlockGraph",
     "Cleanup",
+    "Cut",
     "FindChannelGroups",
     "FreeHeadCount",
     "GatherChannels",
@@ -48,9 +53,11 @@ __all__ = [
     "InsertSelection",
     "InsertSplit",
     "InsertStep",
+    "LocalizeWeights",
     "NormalizeLinears",
     "Pass",
     "PassManager",
     "PassResult",
+    "SumShards",
     "probe_pruning",
 ]

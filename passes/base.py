@@ -13,7 +13,7 @@ from torch import fx
 from ..errors import PassError
 from ..groups.group import Group, Groups
 from ..groups.projections import Projection
-from ..runtime import compensate, gather, history, model_calls, probe, select
+from ..runtime import compensate, gather, history, model_calls, probe, select, shard_sum
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,26 @@ class GroupNodes:
         return f"{self.group.kind}_{role}"
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What of a tensor parallel layer is cut into shards: paths of parameters inside the layer.
+
+    Attributes:
+        parameters: all DTensors, whole ones (a bias that is added behind the sum) among them.
+        summed: weights cut by column: the linear layer's output is a partial one.
+        size: how many shards there are.
+    """
+
+    parameters: frozenset[str]
+    summed: frozenset[str]
+    size: int
+
+
 @dataclass
 class BlockGraph:
     """A captured layer on its way through the passes.
 
-    `inverted_mask`: the layer's boolean mask says True where a token may not attend.
+    `inverted_mask`: the layer's boolean mask says True where a token may not attend. `cut`: of a tensor parallel layer.
     """
 
     graph: fx.Graph
@@ -55,6 +70,7 @@ class BlockGraph:
     plan: fx.Node | None = None
     real_rows: fx.Node | None = None
     inverted_mask: bool = False
+    cut: Cut | None = None
 
     effects = frozenset(
         {
@@ -69,10 +85,11 @@ class BlockGraph:
             gather.gather_columns,
             compensate.compensate,
             history.update_history,
+            shard_sum.sum_of_shards,
         }
     )
-    """Calls that do more than return a value (they write to the KV cache, what lies on it, or the history): no pass may
-    drop them, or take one for another that is equal."""
+    """Calls that do more than return a value (they write to the KV cache, what lies on it, the history, or what they
+    are given): no pass may drop them, or take one for another that is equal."""
 
     def drop_unused(self) -> None:
         """Remove nodes without users, apart from the layer's arguments and calls with side effects."""

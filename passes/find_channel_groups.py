@@ -10,6 +10,7 @@ class FindChannelGroups(Pass):
     """Analysis: the coupled channels of the MLP and the separable heads of the attention."""
 
     def call(self, block: BlockGraph) -> PassResult:
-        block.groups = find_groups(block.graph)
+        cut = block.cut
+        block.groups = find_groups(block.graph, None if cut is None else dict.fromkeys(cut.summed, cut.size))
         block.inserted = [GroupNodes(g) for g in block.groups.found]
         return PassResult(len(block.inserted), tuple(block.groups.reasons))

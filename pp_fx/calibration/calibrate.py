@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..checks import check_integers, check_token_ids
 from ..errors import InputError, StateError
 from ..process_settings import own_defaults
 from ..progress import track
 from ..rewrite.layer import layers_of
 from ..runtime.modes import guard_lifted, put_back
+from ..runtime.names import LAYER
 from ..runtime.state import states_of
 from ..text import sequences
-from . import ranks
 from .collect import Collected
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
+_END = object()
 
 
 @own_defaults()
@@ -45,7 +48,8 @@ def calibrate(
         batch_size: sequences per batch of a tensor or of texts.
         progress: show a progress bar on stderr.
 
-    Under torch.distributed every rank gives batches of its own, and all end with the history of all batches.
+    Under torch.distributed every rank gives batches of its own, and all end with the history of all batches. Of a
+    tensor parallel model all ranks give the same batches, and each ends with the history of its own shard.
 
     Returns:
         The same model. Its former history is replaced.
@@ -55,7 +59,7 @@ def calibrate(
         InputError: no batch, wrong type, sequence of length 0, token ids out of range, or activations that are not
             finite. The history is left as it was.
     """
-    layers_of(model)
+    shards = layers_of(model)[0].__dict__[LAYER].shards
     if model.training:
         raise StateError("model is in training mode; call model.eval() before calibrate")
     states = [s for s in states_of(model) if s.prunes]
@@ -64,34 +68,56 @@ def calibrate(
     with put_back(states, "collector", mode="calibrate"):
         for state, found in zip(states, statistics, strict=True):
             state.collector = found
-        failed: Exception | None = None
-        try:
-            # inside: input that one rank alone cannot use must not leave the others waiting
-            count = _run(model, statistics, _batches(batches, tokenizer, length, batch_size), device, progress)
-        except Exception as error:
-            count, failed = 0, error
-        ranks.agree(failed)
+        # each rank has a share of the batches, or, in tensor parallel, of the model
+        whole, cut = (ranks.everyone(), None) if shards is None else (None, shards.group)
+        with ranks.agreed(whole):  # inside: input that one rank alone cannot use must not leave the others waiting
+            with ranks.agreed(cut):
+                given = _batches(batches, tokenizer, length, batch_size)
+            count = _run(model, statistics, given, device, progress, cut)
         if sum(ranks.of_all(count)) == 0:
             raise InputError("batches is empty; give at least one batch of token ids")
-        for found in statistics if ranks.world()[1] > 1 else ():
+        for found in statistics if whole is not None else ():
             found.merge(ranks.of_all(found.parts()))
         for found in statistics:
             found.commit()
     return model
 
 
-def _run(model: Any, statistics: list[Collected], batches: Any, device: Any, progress: bool) -> int:
-    """Dense forward passes that add to the statistics; how many batches there were."""
-    count = 0
-    for index, batch in enumerate(track(batches, "calibrate", progress)):
-        inputs = _inputs(model, batch, index)
+def _run(model: Any, statistics: list[Collected], batches: Any, device: Any, progress: bool, cut: Any) -> int:
+    """Dense forward passes that add to the statistics; how many batches there were.
+
+    `cut`: the process group of a tensor parallel model, whose ranks run every batch together, or none does.
+    """
+    count, given = 0, iter(track(batches, "calibrate", progress))
+    while True:
+        with ranks.agreed(cut):
+            batch = next(given, _END)
+            inputs = {} if batch is _END else _inputs(model, batch, count)
+        if cut is not None:
+            _check_same(inputs, count, cut)
+        if not inputs:
+            return count
         # statistics are gathered in Python, so a compiled forward runs uncompiled here
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), guard_lifted(layers_of(model)):
             model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
-        for found in statistics:
-            found.check_finite(f"batches[{index}]")
+        with ranks.agreed(cut):
+            for found in statistics:
+                found.check_finite(f"batches[{count}]")
         count += 1
-    return count
+
+
+def _check_same(inputs: dict[str, Tensor], index: int, group: Any) -> None:
+    digest = hashlib.sha256()
+    for name, value in inputs.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    found = ranks.of_all(digest.hexdigest(), group)
+    odd = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if odd is not None:
+        raise InputError(
+            f"batches[{index}] of rank {odd} is not that of rank 0; a tensor parallel model runs the same batches on "
+            "all ranks"
+        )
 
 
 def _batches(batches: Any, tokenizer: Any, length: int, batch_size: int) -> Any:

@@ -73,17 +73,26 @@ class Directions:
             self.mean = old * self.mean + new * mean
             stack = torch.cat([self.factor * old**0.5, factor * new**0.5, shift[None]])
         self.count += count
-        self.factor = _principal(stack, self.variance, _SPARE * self.rank)
+        self.factor = principal(stack, self.variance, _SPARE * self.rank)
 
     def directions(self) -> Tensor | None:
         """fp32 [r, C]: directions.T @ directions is their part of the rows' covariance; None before the first row."""
         if self.factor is None or self.variance is None:
             return None
-        return _principal(self.factor, self.variance, self.rank)
+        return principal(self.factor, self.variance, self.rank)
 
 
-def _principal(stack: Tensor, variance: Tensor, rank: int) -> Tensor:
-    """The leading `rank` directions of stack.T @ stack [C, C], channels scaled by their deviation: [rank, C]."""
+def principal(stack: Tensor, variance: Tensor, rank: int) -> Tensor:
+    """The leading directions of a covariance, channels scaled by their deviation (Halko et al., arXiv 0909.4061).
+
+    Args:
+        stack: fp32 [n, C], of the covariance stack.T @ stack.
+        variance: [C], of each channel.
+        rank: wanted directions.
+
+    Returns:
+        [min(n, rank), C].
+    """
     count = stack.shape[0]
     if count <= rank:
         return stack

@@ -13,29 +13,44 @@ from torch import nn
 
 from ..errors import StateError
 from ..process_settings import own_defaults
+from ..ranks import agreed, of_all
 from ..rewrite.layer import layers_of
 from ..runtime.state import GroupState
+from .history_shards import shard_of, whole_of
 
 HISTORY_FILE = "pp_fx_history.safetensors"
 
 
 def write_history(model: nn.Module, directory: str | os.PathLike) -> Path:
-    """Write the history of every pruned group; the file appears when all of it is written."""
+    """Write the history of every pruned group; the file appears when all of it is written.
+
+    Of a tensor parallel model every rank calls it, and the first one writes the history of all shards.
+    """
     tensors: dict[str, torch.Tensor] = {}
     calibrated: list[str] = []
+    shards = None
     for name, state in _pruned(model).items():
-        found = {f"{name}.{key}": tensor for key, tensor in state.history().items()}
-        tensors |= {key: value.detach().cpu().contiguous() for key, value in found.items()}
+        shards = shards or state.shards
+        own = {key: tensor.detach().cpu().contiguous() for key, tensor in state.history().items()}
+        whole = own if state.shards is None else whole_of(of_all(own, state.shards.group))
+        tensors |= {f"{name}.{key}": tensor for key, tensor in whole.items()}
         calibrated += [name] * state.calibrated
     path = Path(directory, HISTORY_FILE)
+    with agreed(None if shards is None else shards.group):
+        if shards is None or shards.rank == 0:
+            _write(path, tensors, calibrated, 1 if shards is None else shards.size)
+    return path
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], calibrated: list[str], shards: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         notes = {"format": "pt", "calibrated": " ".join(calibrated), "sha256": _checksum(tensors)}
+        notes |= {"shards": str(shards)} if shards > 1 else {}
         save_file(tensors, partial, metadata=notes)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def read_history(model: nn.Module, path: str | os.PathLike) -> None:
@@ -52,13 +67,14 @@ def read_history(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 @own_defaults()
-def load_states(states: dict[str, GroupState], path: str | os.PathLike, shard: tuple[int, int] = (0, 1)) -> None:
-    """`read_history` into states that lie outside of a transformed model: an engine's.
+def load_states(states: dict[str, GroupState], path: str | os.PathLike, shard: tuple[int, int] | None = None) -> None:
+    """`read_history` into states, of a transformed model or of an engine, whatever the shards that wrote it.
 
     Args:
         states: `3.mlp` -> state, of every group that prunes.
         path: what `save_pretrained` has written.
-        shard: rank and number of the equal shards that the channels are split into; the states hold one of them.
+        shard: rank and number of the equal shards that the units are split into; the states hold one of them. None:
+            what each state's own `shards` says.
 
     Raises:
         StateError: the file cannot be read, or does not fit the states.
@@ -74,9 +90,16 @@ def load_states(states: dict[str, GroupState], path: str | os.PathLike, shard: t
                 odd = ", ".join(sorted(names ^ set(expected))[:3])
                 raise StateError(f"{path} does not fit the model's configuration ({odd}, ..); {remedy}")
             whole = {name: file.get_tensor(name) for name in names}
+            written = int(metadata.get("shards", "1"))
     except (SafetensorError, OSError, ValueError) as error:
         raise StateError(f"{path} cannot be read ({error}); {remedy}") from None
-    tensors = {name: _shard(tensor, *shard) for name, tensor in whole.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, state in states.items():
+        history = {key: whole[f"{name}.{key}"] for key in state.history()}
+        rank, count = shard or (state.shards or (0, 1))[:2]
+        wanted = 0 if state.directions is None else len(state.directions)
+        found = shard_of(history, written, rank, count, wanted)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in found.items()}
     for name, tensor in tensors.items():
         here = expected[name]
         if tensor.shape != here.shape or tensor.dtype != here.dtype:
@@ -94,13 +117,6 @@ def load_states(states: dict[str, GroupState], path: str | os.PathLike, shard: t
             expected[name].copy_(tensor)
     for name, state in states.items():
         state.calibrated = name in calibrated
-
-
-def _shard(tensor: torch.Tensor, rank: int, count: int) -> torch.Tensor:
-    """One of `count` equal parts of the channels, which lie along the last axis."""
-    if count == 1 or tensor.ndim == 0 or tensor.shape[-1] % count:  # the last does not fit, and is refused for it
-        return tensor
-    return tensor.chunk(count, -1)[rank]
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration.ranks import processes
 from ..measure.macs import Macs
 from ..measure.run_eval import run_eval
 from ..measure.run_task import run_task
+from ..ranks import processes
 from ..text import read, sequences
 from .app import app
 from .options import (

@@ -8,12 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration.ranks import world
 from ..checks import check_choice, check_integers
 from ..errors import InputError
 from ..measure.humaneval import Problem, read_problems
 from ..measure.run_programs import require_limits
 from ..measure.run_task import TASKS
+from ..ranks import world
 from ..text import PYTHON_DOCS
 from .options import write_json
 

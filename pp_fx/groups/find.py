@@ -19,9 +19,14 @@ from .prove import NoProof, prove_output, prove_query, prove_written_out
 aten = torch.ops.aten
 
 
-def find_groups(graph: fx.Graph) -> Groups:
-    """The channel groups of a captured layer."""
-    result, finder = Groups(), _Finder(graph)
+def find_groups(graph: fx.Graph, shards: dict[str, int] | None = None) -> Groups:
+    """The channel groups of a captured layer.
+
+    Args:
+        graph: of the layer, or of one shard of it.
+        shards: path of a weight that is cut by column -> into how many parts.
+    """
+    result, finder = Groups(), _Finder(graph, shards or {})
     result.reasons = [f"{n.args[0].target}: {n.meta['reason']}" for n in graph.nodes if n in finder.modules]
     for projection in finder.by_node.values():
         try:
@@ -45,8 +50,8 @@ def find_groups(graph: fx.Graph) -> Groups:
 
 
 class _Finder:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, shards: dict[str, int]) -> None:
+        self.graph, self.shards = graph, shards
         self.by_node = {p.node: p for p in find_projections(graph)}
         self.cores = {n for n in graph.nodes if n.target is model_calls.attention}
         self.caches = {n for n in graph.nodes if n.target is model_calls.kv_update}
@@ -82,7 +87,7 @@ class _Finder:
     # ------------------------------------------------------------------ MLP
     def _mlp(self, output: Projection, linears: list[Projection]) -> MlpGroup:
         channels = output.in_features
-        if 2 * channels < self.width:
+        if 2 * channels * self.shards.get(output.path, 1) < self.width:
             raise NoProof("it is narrower than half the residual stream (a low-rank adapter)")
         if any(len(shape(n)) > 3 for n in (output.x, *(p.node for p in linears))):
             raise NoProof("its linear layers work on more than three axes")

@@ -15,8 +15,9 @@ from ..calibration.history_file import holds_history, write_history
 from ..errors import InputError, StateError
 from ..layouts import is_plain
 from ..process_settings import own_defaults
-from ..rewrite.layer import config_of
+from ..rewrite.layer import config_of, layers_of
 from ..rewrite.transform import SHADOWED
+from ..runtime.names import LAYER
 from .hf_config import SETTINGS, WEIGHTS, ProbePruningHfConfig, weights_fingerprint
 
 
@@ -61,10 +62,12 @@ def save_pretrained(
             model.config.quantization_config = within
         elif quantization_config:
             del model.config.quantization_config
-    if not kwargs.get("is_main_process", True):
-        return
-    if holds_history(model):
+    shards = layers_of(model)[0].__dict__[LAYER].shards
+    main = kwargs.get("is_main_process", True)
+    if holds_history(model) and (main or shards is not None):  # of a tensor parallel model every rank has a part
         write_history(model, save_directory)
+    if not main or (shards is not None and shards.rank > 0):
+        return
     apart = Path(save_directory, SETTINGS)
     apart.unlink(missing_ok=True)  # of an earlier save
     if not quantization_config:

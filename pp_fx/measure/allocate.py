@@ -19,6 +19,7 @@ from ..rewrite.layer import is_transformed, layers_of
 from ..rewrite.transform import restore, transform
 from ..runtime.modes import history_frozen, put_back
 from ..runtime.state import GroupState
+from ..shards import check_whole
 from .evaluate import evaluate
 from .macs import count_macs, unit_macs
 
@@ -66,6 +67,7 @@ def allocate(
         InputError: an argument cannot be used, or the model has too little to prune for `mac_reduction`.
         StateError: the model is transformed already.
     """
+    check_whole(model, "allocate")
     if is_transformed(model):
         raise StateError("model is already transformed; call pp_fx.restore(model) first")
     check_token_ids(model, batches, "batches")

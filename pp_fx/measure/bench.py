@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..rewrite.transform import transform
 from ..runtime.modes import history_frozen
 from ..runtime.selections import compact_bytes
+from ..shards import check_whole
 from .bounds import static_copies
 from .bytes import block_bytes, head_weight, key_value_bytes
 from .macs import attention_core_macs, count_macs, kept_head_share
@@ -128,6 +129,7 @@ def bench(
     Raises:
         InputError: the ids, the phase or a number cannot be used.
     """
+    check_whole(model, "bench")
     check_choice("phase", phase, ("prefill", "decode"))
     check_integers(1, new_tokens=new_tokens, repeats=repeats, threads=threads)
     if freezing and not compiled:

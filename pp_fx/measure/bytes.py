@@ -12,6 +12,7 @@ from ..groups.projections import Projection
 from ..layouts import stored_bytes
 from ..rewrite.layer import layers_of, settings_of
 from ..runtime.state import GroupState
+from ..shards import local, local_parameters
 from .macs import head_size, running_units
 
 
@@ -40,7 +41,7 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
     sticky = settings.decode != "dense" and not settings.steps
     few = settings.decode == "step" or batch <= (settings.step_batch or 0)
     for layer in layers_of(model):
-        sizes = {n: stored_bytes(p) for n, p in layer.named_parameters()}
+        sizes = {n: stored_bytes(p) for n, p in local_parameters(layer)}
         dense += sum(sizes.values())
         pruned += sum(sizes.values())
         for kind, kept in running_units(layer, tokens).items() if sticky else ():
@@ -62,8 +63,8 @@ def _left_out(group: Group, state: GroupState, sizes: dict[str, int], batch: int
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters (shared ones once)."""
-    return sum(map(stored_bytes, model.parameters()))
+    """Bytes of all parameters (shared ones once) that this process holds."""
+    return sum(stored_bytes(local(p)) for p in model.parameters())
 
 
 def state_bytes(model: nn.Module) -> int:

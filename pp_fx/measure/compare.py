@@ -18,6 +18,7 @@ from ..progress import track
 from ..rewrite.layer import is_transformed
 from ..rewrite.transform import restore, transform
 from ..runtime.modes import history_frozen
+from ..shards import check_whole
 from .bench import time_prefill
 from .evaluate import Evaluation, evaluate
 from .macs import count_macs
@@ -64,6 +65,7 @@ def compare(
         InputError: an unknown method or invalid numbers; token ids that cannot be used.
         StateError: the model is transformed.
     """
+    check_whole(model, "compare")
     if is_transformed(model):
         raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
     check_list("methods", methods, "('default', 'paper')")

@@ -18,6 +18,7 @@ from ..progress import track
 from ..rewrite.layer import is_transformed
 from ..rewrite.transform import restore, transform
 from ..runtime.modes import history_frozen
+from ..shards import check_whole
 from .compare import require_matplotlib
 from .humaneval import Problem, solve
 from .paired_interval import paired_interval
@@ -67,6 +68,7 @@ def compare_task(
         InputError: an unknown method, invalid numbers, or a method that cannot decode in one of these ways.
         StateError: the model is transformed.
     """
+    check_whole(model, "compare_task")
     if is_transformed(model):
         raise StateError("model is transformed; call pp_fx.restore(model) first, compare tries several configurations")
     check_integers(1, batch=batch, new_tokens=new_tokens)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.ranks import of_all, world
 from ..checks import check_integers, check_token_ids
 from ..errors import InputError
 from ..progress import track
+from ..ranks import of_all, sharing
 
 _LOSS_CHUNK = 2
 
@@ -56,6 +56,7 @@ def evaluate(
 
     Under torch.distributed the ranks share the batches, and all get the numbers of the whole text: those of one
     process with the history frozen (`pp_fx.history_frozen`), since a history that learns sees other batches on each.
+    Of a tensor parallel model all ranks run all batches.
 
     Args:
         model: any causal language model in eval mode.
@@ -75,7 +76,7 @@ def evaluate(
         raise InputError(f"ids has shape {tuple(ids.shape)}, no token to predict; give sequences of length >= 2")
     check_integers(1, batch=batch)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    rank, ranks = world()
+    rank, ranks = sharing(model)
     losses, seconds = [], 0.0
     parts: Any = ids.split(batch)[rank::ranks]
     for part in track(parts, progress or "", progress is not None and rank == 0):
@@ -88,7 +89,8 @@ def evaluate(
         for rows, targets in zip(logits.split(_LOSS_CHUNK), part.split(_LOSS_CHUNK), strict=True):
             loss = F.cross_entropy(rows[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
             losses.append(loss.view(len(rows), -1).mean(1).cpu())
-    shares = of_all((_by_batch(losses, batch), seconds))
+    own = (_by_batch(losses, batch), seconds)
+    shares = of_all(own) if ranks > 1 else [own]
     order = [share[index] for index in range(len(shares[0][0])) for share, _ in shares if index < len(share)]
     per_sequence, seconds = torch.cat(order), max(lasted for _, lasted in shares)
     return Evaluation(per_sequence.double().mean().item(), seconds, per_sequence)

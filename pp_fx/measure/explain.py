@@ -24,6 +24,7 @@ from ..rewrite.layer import config_of, is_transformed, layers_of, settings_of
 from ..rewrite.structures import find_structures
 from ..rewrite.widths import carried_ratios, kept_units, on_device
 from ..runtime.names import LAYER
+from ..shards import check_whole
 from .macs import Macs, layer_macs, running_units
 
 
@@ -158,6 +159,7 @@ def explain(
 
 
 def _of_model(model: nn.Module, config: ProbePruningConfig, batch: int, length: int) -> Explanation:
+    check_whole(model, "explain before transform")
     _, layers = find_layers(model)
     ratios, settings = carried_ratios(config, len(layers)), on_device(config, model)
     structures, _ = find_structures(model, layers, config)

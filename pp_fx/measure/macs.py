@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Kind, ProbePruningConfig
 from ..groups.group import Group
 from ..methods import SCORES
 from ..rewrite.layer import layers_of, settings_of
 from ..runtime.names import LAYER
+from ..shards import local_parameters
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Macs:
 def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     """MACs per token of a transformed model for prefill of `batch` x `length` tokens; attention cores left out.
 
-    Layers that the guard keeps dense at this size count as dense.
+    Layers that the guard keeps dense at this size count as dense. Of a tensor parallel model: those of this process.
 
     Raises:
         StateError: the model is not transformed.
@@ -80,7 +81,7 @@ def layer_macs(
     length: int,
 ) -> Macs:
     """MACs per token of one layer of which `kept[kind]` units of every group run."""
-    weights = {n: _macs(layer, p) for n, p in layer.named_parameters() if p.ndim in (2, 3)}
+    weights = {n: _macs(layer, p) for n, p in local_parameters(layer) if p.ndim in (2, 3)}
     dense = pruned = float(sum(weights.values()))
     probe = compensation = 0.0
     rows = 0 if settings.probe is None else settings.probe.samples(batch) * settings.probe.positions(length)
@@ -96,7 +97,7 @@ def layer_macs(
 
 def unit_macs(layer: nn.Module, group: Group) -> float:
     """MACs per token that one unit of a group takes."""
-    weights = dict(layer.named_parameters())
+    weights = dict(local_parameters(layer))
     return sum(_macs(layer, weights[path]) * (1 - group.kept_share(path, group.units - 1)) for path in group.weights)
 
 
@@ -125,7 +126,7 @@ def _compensation_macs(
     return weight * (1 + n) + n * n * (kept * group.width + weight / (group.units * group.width)) + n**3 / 3
 
 
-def _macs(layer: nn.Module, weight: nn.Parameter) -> float:
+def _macs(layer: nn.Module, weight: Tensor) -> float:
     """MACs per token of a weight [out, in], or of stacked experts [E, ., .] of which each token runs some."""
     if weight.ndim == 2:
         return weight.numel()

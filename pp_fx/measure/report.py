@@ -20,6 +20,7 @@ from ..rewrite.layer import is_transformed, layers_of
 from ..rewrite.transform import restore, transform
 from ..runtime.modes import history_frozen, selections_kept
 from ..runtime.selections import selections_on
+from ..shards import check_whole
 from .compare import compare
 from .explain import explain
 from .report_page import page
@@ -67,6 +68,7 @@ def report(
         from .report_figures import figures
     except ImportError:
         raise InputError("report needs matplotlib; run: pip install 'pp-fx[report]'") from None
+    check_whole(model, "report")
     if is_transformed(model):
         raise StateError("model is transformed; call pp_fx.restore(model) first, report tries several configurations")
     if len(ids) < 2 * batch:

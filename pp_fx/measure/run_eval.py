@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..calibration.calibrate import calibrate
-from ..calibration.ranks import world
 from ..checks import check_integers
 from ..config import ProbePruningConfig
+from ..ranks import sharing
 from ..requirements import versions
 from ..rewrite.transform import transform
 from ..runtime.modes import history_frozen
@@ -35,7 +35,7 @@ def run_eval(
     excludes compilation.
     """
     check_integers(1, batch=batch)
-    rank, ranks = world()
+    rank, ranks = sharing(model)
 
     def measure(label: str) -> Any:
         forward = torch.compile(model, fullgraph=True) if compiled else None

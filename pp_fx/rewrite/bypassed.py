@@ -19,18 +19,23 @@ from ..capture.reads import Reads, present, same, values
 from ..errors import StateError, UnsupportedModelError
 from ..runtime.model_calls import COLLECTOR
 from ..runtime.names import PREFIX
+from .tensor_parallel import replaces_forward
 
 _keys = itertools.count(1)
 _known: weakref.WeakValueDictionary[int, Inside] = weakref.WeakValueDictionary()
 
 
 class Part(NamedTuple):
-    """A module inside a layer: its parent's dict of modules, its name there, the module and its class."""
+    """A module inside a layer: its parent's dict of modules, its name there, the module and its class.
+
+    `forward`: what stands in the module's own place of it: tensor parallelism's, or None.
+    """
 
     modules: dict[str, Any]
     name: str
     module: nn.Module
     cls: type
+    forward: Any = None
 
 
 class Inside:
@@ -53,7 +58,7 @@ class Inside:
         """Of layers that are rewritten already: without the states that `transform` has put into them."""
         layers = list(layers)
         parts = [
-            Part(parent._modules, name, module, type(module))
+            Part(parent._modules, name, module, type(module), module.__dict__.get("forward"))
             for layer in layers
             for parent in layer.modules()
             for name, module in parent._modules.items()
@@ -83,8 +88,11 @@ def refuse_hooks(index: int, layer: nn.Module) -> None:
     """
     for name, module in layer.named_modules():
         where = f"layer {index}{'.' + name if name else ''} ({type(module).__name__})"
-        if "forward" in module.__dict__:
-            raise UnsupportedModelError(f"{where} has its forward replaced (accelerate offload?); remove it first")
+        if "forward" in module.__dict__ and not replaces_forward(module):
+            raise UnsupportedModelError(
+                f"{where} has its forward replaced (accelerate: offload, or a device_map over several devices?); load "
+                "the model on one device, or on several by tensor parallelism"
+            )
         if name and _hooked(module):
             raise UnsupportedModelError(f"{where} has forward hooks that the graph would bypass; remove them first")
 
@@ -121,7 +129,7 @@ def check_dropout(inside: Inside) -> None:
 @torch.compiler.assume_constant_result
 def _dropout(key: int) -> str | None:
     inside = _known[key]
-    found = [(m, name, cls) for _, name, m, cls in inside.parts]
+    found = [(m, name, cls) for _, name, m, cls, _ in inside.parts]
     found += [(owner, "configuration", cls) for owner, cls, name, _ in inside.attributes if _is_random(name)]
     for owner, name, cls in found:
         for attribute, value in vars(owner).items():
@@ -138,12 +146,12 @@ def _changed(key: int) -> str | None:
     for cls, forward in inside.forwards:
         if cls.forward is not forward:
             return f"the forward of class {cls.__name__} was replaced"
-    for modules, name, module, cls in inside.parts:
+    for modules, name, module, cls, forward in inside.parts:
         if modules.get(name) is not module:
             return f"module {name} ({cls.__name__}) of a decoder layer was replaced"
         if (module._forward_hooks or module._forward_pre_hooks) and _hooked(module):
             return f"module {name} ({cls.__name__}) inside a decoder layer has got a forward hook"
-        if "forward" in module.__dict__:
+        if module.__dict__.get("forward") is not forward:
             return (
                 f"module {name} ({cls.__name__}) inside a decoder layer has got another forward (accelerate offload?)"
             )

@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -28,6 +29,7 @@ from ..runtime.modes import put_back
 from ..runtime.names import LAYER, state_name
 from ..runtime.plan import LayerInfo
 from ..runtime.state import GroupState
+from ..shards import held, local
 
 _numbers = count()
 _versions = count(1)
@@ -72,10 +74,13 @@ class ProbePrunedLayer:
             if state.prunes or state.steps:
                 group, settings = self.groups[kind], self.__dict__[LAYER].settings
                 for path in group.gathered_by_column:
-                    parameter = self.get_parameter(path)  # type: ignore[attr-defined]
+                    parameter = held(self.get_parameter(path))  # type: ignore[attr-defined]
                     _lay_out(parameter, state.steps and path == group.output.path)
                 coded = coded_gate(self, kind, settings) if state.steps else None  # type: ignore[arg-type]
-                state.refresh(output_weight(self, group), input_reach(self, group, settings), coded)  # type: ignore[arg-type]
+                reach = input_reach(self, group, settings)  # type: ignore[arg-type]
+                if reach is not None and state.shards is not None:  # all ranks take the same rows
+                    dist.all_reduce(reach, group=state.shards.group)
+                state.refresh(output_weight(self, group), reach, coded)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError(
@@ -136,7 +141,7 @@ def uninstall(layer: nn.Module) -> None:
         if state.prunes or state.steps:
             with torch.inference_mode(False), torch.no_grad():
                 for path in layer.groups[kind].gathered_by_column:
-                    weight = layer.get_parameter(path)
+                    weight = held(layer.get_parameter(path))
                     if is_plain(weight):
                         weight.data = weight.data.contiguous()
         delattr(layer, state_name(kind))
@@ -188,7 +193,7 @@ def settings_of(model: nn.Module) -> ProbePruningConfig:
 
 def output_weight(layer: nn.Module, group: Group) -> Tensor:
     """Weight [H, C] of a group's output projection."""
-    weight = layer.get_parameter(group.output.path)
+    weight = local(layer.get_parameter(group.output.path))
     return weight.t() if group.output.transposed else weight
 
 
@@ -204,7 +209,7 @@ def input_reach(layer: nn.Module, group: Group, settings: ProbePruningConfig) ->
     with torch.inference_mode(False):
         total = torch.zeros(width, dtype=torch.float32, device=output_weight(layer, group).device)
         for part in group.inputs or group.read:
-            stored = layer.get_parameter(part.path)
+            stored = local(layer.get_parameter(part.path))
             weight = stored.t() if part.transposed else widened(stored)
             if weight.shape[1] == width:
                 total += column_sum(weight if part.rows is None else weight[list(part.rows)], 2)
@@ -216,7 +221,7 @@ def coded_gate(layer: Any, kind: Kind, settings: ProbePruningConfig) -> Coded | 
     gate = layer.gates.get(kind)
     if settings.step_probe is None or gate is None:
         return None
-    weight: Tensor = layer.get_parameter(gate.path)
+    weight = local(layer.get_parameter(gate.path))
     weight = weight.t() if gate.transposed else weight
     weight = widened(weight)
     return encode(weight if gate.range is None else weight[slice(*gate.range)], int(settings.step_probe[3:]))
@@ -226,7 +231,7 @@ def _refresh_after_load(layer: Any, _incompatible: Any) -> None:
     layer.refresh()
 
 
-def _lay_out(weight: nn.Parameter, steps: bool) -> None:
+def _lay_out(weight: Tensor, steps: bool) -> None:
     """Keep the shape, but let the memory hold the transpose where columns are read as contiguous rows.
 
     An accelerator gathers them so, and a decode step by token reads them so everywhere. Else a CPU multiplies more

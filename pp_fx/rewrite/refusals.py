@@ -53,7 +53,7 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
     Raises:
         ConfigError: `config` is none, or cannot be served on the model's device.
         StateError: the model is already transformed, compiled, or in training mode with dropout.
-        UnsupportedModelError: no module, or weights on the meta device, packed or distributed.
+        UnsupportedModelError: no module, or weights on the meta device or packed by another library.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model={model!r} is no torch.nn.Module; load one with AutoModelForCausalLM")
@@ -70,12 +70,6 @@ def check_model(model: nn.Module, config: Any) -> ProbePruningConfig:
         raise UnsupportedModelError(
             f"{packed} holds its weight as compressed-tensors packs it; call pp_fx.to_torchao(model) first, on a model "
             "that was not called yet"
-        )
-    sharded = next((n for n, p in model.named_parameters() if hasattr(p, "device_mesh")), None)  # a DTensor
-    if sharded is not None:
-        raise UnsupportedModelError(
-            f"parameter {sharded} is distributed (tensor parallel, FSDP), and a selection would have to be made over "
-            "all shards; load the whole model on every rank: pp_fx.calibrate and evaluate share batches between ranks"
         )
     moved = next((p.device.type for p in model.parameters() if p.device.type != "cpu"), None)
     if config.step_probe is not None and moved is not None:

@@ -16,10 +16,12 @@ from ..config import Kind, ProbePruningConfig
 from ..errors import UnsupportedModelError
 from ..groups.group import Group
 from ..layouts import refusal
-from ..passes import BlockGraph, probe_pruning
+from ..passes import BlockGraph, Cut, probe_pruning
+from ..ranks import agreed
 from ..runtime import probe
 from ..runtime.model_calls import register_attention
 from .layer import block_class, compile_graph
+from .tensor_parallel import as_local, cut_of
 
 _CAPTURING = threading.RLock()
 """torch.export is not thread-safe."""
@@ -49,9 +51,14 @@ class Structure:
 
 
 def find_structures(
-    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None = None
+    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None = None, group: Any = None
 ) -> tuple[dict[tuple, Structure], list[Any]]:
     """Capture one layer for each distinct structure (`capture.layers.structure_key`). The model is not changed.
+
+    Args:
+        model, layers: the model and its decoder layers.
+        config: decides which passes run.
+        group: the ranks of a tensor parallel model, of which all raise what one of them does.
 
     Returns:
         The structures, and a recorded call of every layer.
@@ -60,15 +67,23 @@ def find_structures(
         CaptureError: a layer cannot be captured.
         UnsupportedModelError: a layer holds weights of which no rows can be taken (packed, distributed).
     """
-    _refuse_weights(layers)
-    with _CAPTURING:
-        return _find_structures(model, layers, config)
+    cuts = [cut_of(layer) for layer in layers]
+    with _CAPTURING, as_local(layers):
+        with agreed(group):
+            _refuse_weights(layers)
+        # what lies around the layers runs, and communicates
+        calls = record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)
+        with agreed(group):
+            return _find_structures(model, layers, config, cuts, calls), calls[0]
 
 
 def _find_structures(
-    model: nn.Module, layers: nn.ModuleList, config: ProbePruningConfig | None
-) -> tuple[dict[tuple, Structure], list[Any]]:
-    calls = [record_calls(model, layers, 3, 7), record_calls(model, layers, 5, 11)]
+    model: nn.Module,
+    layers: nn.ModuleList,
+    config: ProbePruningConfig | None,
+    cuts: list[Cut | None],
+    calls: tuple[list[Any], list[Any]],
+) -> dict[tuple, Structure]:
     found: dict[tuple, Structure] = {}
     for i, layer in enumerate(layers):
         for module in layer.modules():
@@ -79,7 +94,7 @@ def _find_structures(
             continue
         reads: Reads = {}
         graph = capture_layer(model, layer, (calls[0][i], calls[1][i]), reads)
-        block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]))
+        block = BlockGraph(graph, inverted_mask=masks_are_inverted(layer, calls[0][i]), cut=cuts[i])
         probe_pruning(config)(block)
         groups = {n.group.kind: n.group for n in block.inserted}
         gates = {n.group.kind: n.gate for n in block.inserted if n.gate is not None}
@@ -99,7 +114,7 @@ def _find_structures(
             reasons=block.groups.reasons,
             reads=reads,
         )
-    return found, calls[0]
+    return found
 
 
 def _refuse_weights(layers: nn.ModuleList) -> None:

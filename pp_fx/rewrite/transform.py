@@ -15,9 +15,11 @@ from ..config import Kind, ProbePruningConfig
 from ..groups.group import AttentionGroup, Group
 from ..kernels.native_kernels import native
 from ..process_settings import own_defaults
+from ..ranks import agreed
 from ..runtime.names import LAYER, MODEL
 from ..runtime.plan import LayerInfo
 from ..runtime.state import GroupState
+from ..shards import is_distributed
 from .break_even import TOKENS, set_guard
 from .bypassed import Inside, refuse_hooks
 from .call_check import ModelInfo, check_call
@@ -33,6 +35,7 @@ from .refusals import (
     warn_slow_steps,
 )
 from .structures import Structure, find_structures
+from .tensor_parallel import as_local, check_same, check_shards, find_shards
 from .verify import compare_layers, run_layers
 from .widths import carried_ratios, device_of, kept_units, limit_compact, on_device, step_units
 
@@ -59,38 +62,51 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
     Raises:
         ConfigError: `config` is invalid for this model.
         StateError: the model is already transformed, compiled, or in training mode with dropout.
-        UnsupportedModelError: no decoder layers, weights on the meta device or distributed, hooks inside a layer, or a
-            layer that cannot be captured. The model is left as it was.
+        UnsupportedModelError: no decoder layers, weights on the meta device, hooks inside a layer, a layer that cannot
+            be captured, or parameters that are distributed otherwise than by tensor parallelism. The model is left as
+            it was.
+
+    Of a tensor parallel model every rank makes the same call; what one of them raises, all raise.
     """
-    config = check_model(model, config)
-    path, layers = find_layers(model)
-    for i, layer in enumerate(layers):
-        refuse_hooks(i, layer)
+    shards = find_shards(model) if isinstance(model, nn.Module) else None
+    group = None if shards is None else shards.group
+    with agreed(group):
+        config = check_model(model, config)
+        path, layers = find_layers(model)
+        for i, layer in enumerate(layers):
+            refuse_hooks(i, layer)
+        if shards is not None:
+            check_shards(model, layers, config, shards)
+    if shards is not None:
+        check_same(config, shards)
     carried, settings = carried_ratios(config, len(layers)), on_device(config, model)
     stepped = config.layer_ratios("decode_ratio", len(layers)) if config.steps else [0.0] * len(layers)
-    structures, calls = find_structures(model, layers, config)
-    dense = run_layers(layers, calls)
-    warn_dense(model, structures.values(), {**carried, "mlp": list(map(max, carried["mlp"], stepped))})
-    prepared = []
-    for i, layer in enumerate(layers):
-        structure = structures[structure_key(layer)]
-        states: dict[Kind, GroupState] = {}
-        for kind, group in structure.groups.items():
-            kept = kept_units(kind, group.units, carried[kind][i], settings)
-            run = step_units(group, stepped[i]) if kind == "mlp" else group.units
-            states[kind] = _state(layer, structure, group, kept, run, settings)
-        prepared.append((layer, structure.cls, states))
-    limit_compact(prepared, config)
-    warn_odd(settings, model)
-    warn_slow_steps(prepared)
+    structures, calls = find_structures(model, layers, config, group)
+    with agreed(group):
+        with as_local(layers):
+            dense = run_layers(layers, calls)
+            prepared = [
+                _prepare(
+                    layer, structures[structure_key(layer)], {k: r[i] for k, r in carried.items()}, stepped[i], settings
+                )
+                for i, layer in enumerate(layers)
+            ]
+            limit_compact(prepared, config)
+        warn_dense(model, structures.values(), {**carried, "mlp": list(map(max, carried["mlp"], stepped))})
+        warn_odd(settings, model)
+        warn_slow_steps(prepared)
     owner, holder = next(_owners), model.get_submodule(path.rpartition(".")[0])
     done: list[nn.Module] = []
     try:
         for i, (layer, cls, states) in enumerate(prepared):
             done.append(layer)
             info = LayerInfo(i, owner, config, settings, any(s.prunes or s.steps for s in states.values()))
+            info.shards = shards
+            for kind, state in states.items():
+                state.shards = shards if _is_cut(layer, cls.groups[kind]) else None
             install(layer, cls, info, states)
-        compare_layers(layers, calls, dense)
+        with agreed(group), as_local(layers):
+            compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
         if device_of(model) == "cpu":
@@ -150,6 +166,23 @@ def _reads(structures: Iterable[Structure]) -> Reads:
         for cls, names in structure.reads.items():
             found.setdefault(cls, set()).update(names)
     return found
+
+
+def _prepare(
+    layer: nn.Module, structure: Structure, ratios: dict[Kind, float], stepped: float, settings: ProbePruningConfig
+) -> tuple[nn.Module, Any, dict[Kind, GroupState]]:
+    """A layer, its class, and its states of these ratios."""
+    states: dict[Kind, GroupState] = {}
+    for kind, group in structure.groups.items():
+        kept = kept_units(kind, group.units, ratios[kind], settings)
+        run = step_units(group, stepped) if kind == "mlp" else group.units
+        states[kind] = _state(layer, structure, group, kept, run, settings)
+    return layer, structure.cls, states
+
+
+def _is_cut(layer: nn.Module, group: Group) -> bool:
+    """Whether this process holds a shard of the group's units, and not all of them."""
+    return is_distributed(layer.get_parameter(group.output.path))
 
 
 def _state(

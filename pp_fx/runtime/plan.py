@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import ProbePruningConfig
+from ..shards import Shards
 from .engine_step import EngineStep, by_history
 from .names import STEP
 from .selections import Selection, Selections, put_selections, selections_on
@@ -26,6 +27,7 @@ class LayerInfo:
         prunes: whether anything of this layer is dropped.
         version: of the layer's weights; another one when they are loaded or moved.
         guard_tokens: calls of fewer tokens (B x T) select nothing (`rewrite.break_even`); 0 without the guard.
+        shards: of a tensor parallel model, the shard that this process holds; None of a whole model.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class LayerInfo:
         self.prunes = prunes
         self.version = 0
         self.guard_tokens: float = 0
+        self.shards: Shards | None = None
 
 
 class Plan(NamedTuple):

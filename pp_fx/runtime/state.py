@@ -12,6 +12,7 @@ from ..config import Kind, ProbePruningConfig
 from ..kernels.coded import Coded
 from ..layouts import codes_of
 from ..methods import SCORES, column_sum
+from ..shards import Shards
 from .names import rows_name
 from .selections import Selection
 
@@ -56,6 +57,7 @@ class GroupState(nn.Module):
         holds_compact: whether decoding keeps compact weights of this group on the KV cache.
         mode: "run", "frozen" (select, but leave the history), "calibrate" (dense, collect statistics).
         collector: who takes the statistics of mode "calibrate".
+        shards: of a tensor parallel model, which shard of the units this process holds; None where it holds all.
     """
 
     column: Tensor
@@ -99,6 +101,7 @@ class GroupState(nn.Module):
         self.mode: Literal["run", "frozen", "calibrate"] = "frozen" if settings.freeze_history else "run"
         self.score, self.compensation = settings.of_kind(kind)
         self.collector: Collector | None = None
+        self.shards: Shards | None = None
         columns = units * width
         device = weight.device
         sizes = {"channel": (columns,), "position": (settings.history_length, columns), None: None}[settings.history]

@@ -69,6 +69,16 @@ def test_a_device_map_over_one_device_works_and_offloading_is_refused_by_name(tm
         pp_fx.transform(offloaded, CONFIG)
 
 
+def test_a_device_map_over_several_devices_is_refused_by_name():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_llama()
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    accelerate.dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)  # those that several devices get
+    with pytest.raises(UnsupportedModelError, match="a device_map over several devices"):
+        pp_fx.transform(model, CONFIG)
+    assert not pp_fx.is_transformed(model)
+
+
 def test_weight_only_int8_of_what_is_not_pruned(ids):
     """torchao quantizes the LM head of a model that is pruned; the layers before: tests/behaviour/test_quantized.py."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")

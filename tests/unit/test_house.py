@@ -18,6 +18,8 @@ RANKS = [
         "requirements",
         "text",
         "native_library",
+        "ranks",
+        "shards",
     },  # the ground
     {"layouts"},
     {"kernels"},

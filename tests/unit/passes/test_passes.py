@@ -9,8 +9,10 @@ from pp_fx.capture.layers import find_layers
 from pp_fx.capture.trace import capture_layer
 from pp_fx.errors import PassError
 from pp_fx.groups.find import find_groups
-from pp_fx.passes import BlockGraph, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
+from pp_fx.passes import BlockGraph, Cut, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 from pp_fx.runtime.gather import gather_columns, gather_rows
+from pp_fx.runtime.shard_sum import sum_of_shards
+from pp_fx.shards import local
 from tests.helpers.families import build
 from tests.helpers.models import tiny_llama
 
@@ -36,7 +38,27 @@ def test_match_counts(llama):
         "InsertHistory": 2,
         "InsertStep": 1,
         "InsertSplit": 1,
+        "SumShards": 0,  # of tensor parallel layers
+        "LocalizeWeights": 0,
     }
+
+
+def test_a_shard_s_outputs_are_summed_in_front_of_their_bias():
+    model = tiny_llama(bias=True)
+    parameters = {n for n, p in model.model.layers[0].named_parameters() if "norm" not in n}
+    summed = frozenset({"self_attn.o_proj.weight", "mlp.down_proj.weight"})
+    block = BlockGraph(captured(model), cut=Cut(frozenset(parameters), summed, 2))
+    results = probe_pruning()(block)
+    assert (results["SumShards"].matches, results["FindChannelGroups"].matches) == (2, 2)
+    sums = [n for n in block.graph.nodes if n.target is sum_of_shards]
+    assert [n.args[0].target for n in sums] == [gather_columns] * 2
+    assert [n.args[0].args[3] for n in sums] == [None] * 2, "no rank adds the bias to its part"
+    for node in sums:
+        (added,) = node.users
+        assert added.target is torch.ops.aten.add.Tensor
+        assert added.args[1].target is local
+    read = [n for n in block.graph.nodes if n.op == "get_attr" and str(n.target) in parameters]
+    assert all(user.target is local for n in read for user in n.users)
 
 
 def test_the_graph_reads_like_the_paper(llama):
@@ -129,7 +151,7 @@ def test_a_pass_that_does_not_keep_its_promise_is_named_with_those_before_it(lla
     manager.passes = [Forgetful() if isinstance(p, InsertSelection) else p for p in manager.passes]
     with pytest.raises(PassError, match="Forgetful did not insert kept of") as caught:
         manager(BlockGraph(captured(llama)))
-    before = "NormalizeLinears, FreeHeadCount, FindChannelGroups, InsertProbe"
+    before = "NormalizeLinears, SumShards, FreeHeadCount, FindChannelGroups, InsertProbe"
     assert caught.value.__notes__ == [f"in the graph pass Forgetful, after {before}"]
 
 
