@@ -243,6 +243,34 @@ FAULTS = (
         "count < settings.min_select_tokens // 2 and",
         "tests/unit/runtime/test_engine_step.py",
     ),
+    Fault(
+        "the last kept columns of a row are left out",
+        "pp_fx/kernels/native/columns.h",
+        "for (; done < count; ++done)",
+        "for (; done + 1 < count; ++done)",
+        "tests/unit/kernels/test_kept_columns.py",
+    ),
+    Fault(
+        "the probe's rows are multiplied with whole registers alone",
+        "pp_fx/kernels/native/bfloat16.h",
+        "for (; k < depth; k += kPairs) {",
+        "for (; k + kPairs <= depth; k += kPairs) {",
+        "tests/unit/kernels/test_few_rows.py",
+    ),
+    Fault(
+        "a step's prompts and its other tokens change places",
+        "pp_fx/runtime/split.py",
+        "    pruned, others = parts",
+        "    others, pruned = parts",
+        "tests/behaviour/test_continuous_batching.py",
+    ),
+    Fault(
+        "shards are not summed",
+        "pp_fx/runtime/shard_sum.py",
+        "    dist.all_reduce(partial, group=layer.shards.group)\n",
+        "",
+        "tests/system/test_tensor_parallel.py",
+    ),
 )
 
 
