@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts import is_plain
-from .native_kernels import TYPES, native, pointer
+from .native_kernels import native, native_linear
 
 MOST_ROWS = 16
 """With more the two are equal."""
@@ -43,21 +43,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     library: Any = native() if 0 < x.shape[0] <= MOST_ROWS and weight.stride(1) == 1 else None
     if library is None or not library.pp_fx_multiplies_pairs():
         return F.linear(x, weight, bias)
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    library.pp_fx_linear(
-        TYPES[x.dtype],
-        weight.data_ptr(),
-        weight.stride(0),
-        None,
-        pointer(bias),
-        x.data_ptr(),
-        y.data_ptr(),
-        *y.shape,
-        x.shape[1],
-        torch.get_num_threads(),
-    )
-    return y
+    return native_linear(library, x, weight, bias)
 
 
 _library = torch.library.Library("pp_fx", "FRAGMENT")

@@ -63,3 +63,22 @@ def _build() -> Path:
 def pointer(tensor: Tensor | None) -> int | None:
     """Of a tensor's first number; None for None."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def native_linear(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+    """x [N, H] through a weight [C, H] with contiguous rows, of x's dtype, or int8 with scales fp32 [C]: [N, C]."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    library.pp_fx_linear(
+        TYPES[x.dtype],
+        weight.data_ptr(),
+        weight.stride(0),
+        pointer(scales),
+        pointer(bias),
+        x.data_ptr(),
+        y.data_ptr(),
+        *y.shape,
+        x.shape[1],
+        torch.get_num_threads(),
+    )
+    return y

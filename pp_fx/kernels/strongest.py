@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native_kernels import TYPES, native, pointer
+from .native_kernels import TYPES, native, native_linear, pointer
 
 MOST_TOKENS = 8
 """Of a call for the kernels: with more, nearly every channel is chosen by some token."""
@@ -172,21 +172,7 @@ def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tenso
     library = native()
     if library is None or weight.stride(1) != 1:
         return _plain_linear(x, weight, bias, scales)
-    x = x.contiguous()
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    library.pp_fx_linear(
-        TYPES[x.dtype],
-        weight.data_ptr(),
-        weight.stride(0),
-        pointer(scales),
-        pointer(bias),
-        x.data_ptr(),
-        y.data_ptr(),
-        *y.shape,
-        x.shape[1],
-        torch.get_num_threads(),
-    )
-    return y
+    return native_linear(library, x, weight, bias, scales)
 
 
 def _native_strongest(

@@ -12,6 +12,7 @@ from pp_fx.groups.find import find_groups
 from pp_fx.passes import BlockGraph, Cut, FindChannelGroups, FreeHeadCount, InsertSelection, probe_pruning
 from pp_fx.runtime.gather import gather_columns, gather_rows
 from pp_fx.runtime.shard_sum import sum_of_shards
+from pp_fx.runtime.split import join_rows
 from pp_fx.shards import local
 from tests.helpers.families import build
 from tests.helpers.models import tiny_llama
@@ -51,8 +52,10 @@ def test_a_shard_s_outputs_are_summed_in_front_of_their_bias():
     results = probe_pruning()(block)
     assert (results["SumShards"].matches, results["FindChannelGroups"].matches) == (2, 2)
     sums = [n for n in block.graph.nodes if n.target is sum_of_shards]
-    assert [n.args[0].target for n in sums] == [gather_columns] * 2
-    assert [n.args[0].args[3] for n in sums] == [None] * 2, "no rank adds the bias to its part"
+    attention, mlp = (n.args[0] for n in sums)
+    assert (attention.target, mlp.target, mlp.args[2].target) == (gather_columns, join_rows, gather_columns)
+    biases = attention.args[3], mlp.args[2].args[3], mlp.args[6]
+    assert biases == (None, None, None), "no rank adds the bias to its part"
     for node in sums:
         (added,) = node.users
         assert added.target is torch.ops.aten.add.Tensor
