@@ -78,7 +78,12 @@ def test_other_families(family):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("int8", "sticky"), ("int8", "step"), pytest.param("float8", "probe", marks=pytest.mark.slow)]
+    ("name", "mode"),
+    [
+        pytest.param("int8", "sticky", marks=pytest.mark.slow),
+        ("int8", "step"),
+        pytest.param("float8", "probe", marks=pytest.mark.slow),
+    ],
 )
 def test_generate_compiled_gives_the_same_tokens(name, mode):
     torch._dynamo.reset()

@@ -232,7 +232,10 @@ def test_biases_and_fused_weights(family, tmp_path):
             "attention_compensation": None,
             "probe": {"token_fraction": 0.1, "ranking": "outlier"},
         },
-        {"attention_ratio": 0.0, "probe": {"token_fraction": 0.1, "sample_fraction": 0.6, "ranking": "even"}},
+        pytest.param(
+            {"attention_ratio": 0.0, "probe": {"token_fraction": 0.1, "sample_fraction": 0.6, "ranking": "even"}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"history": None, "attention_ratio": 0.0, "mlp_compensation": "mean"}, marks=pytest.mark.slow),
     ],
 )
