@@ -32,7 +32,6 @@ CONFIGS: dict[str, Any] = {
     "int8": Int8WeightOnlyConfig(version=2),
     "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
 }
-RATIOS = {"bf16": (0.0, 0.2), "int8": (0.0, 0.1, 0.2, 0.4), "int4": (0.0, 0.2)}
 
 
 def loaded(name: str, weights: str) -> tuple[Any, Any]:
@@ -56,15 +55,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--weights", nargs="*", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.2], help="of MLP channels, beside 0")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized-tasks"))
     options = parser.parse_args()
     problems, dense = read_problems(options.problems), None
     found: dict[str, Any] = {"model": Path(options.model).name, "problems": len(problems), "rows": []}
-    for weights in dict.fromkeys(("bf16", *options.weights)):  # the others are compared with bf16's answers
+    for weights in dict.fromkeys(("bf16", *options.weights)):  # bf16 comes first: the others are compared with it
         model, tokenizer = loaded(options.model, weights)
         sample = sequences(read(PYTHON_DOCS), tokenizer, 16, 512)
         size = block_bytes(model, weights)
-        for ratio in track(RATIOS[weights], weights, console=Console(stderr=True)):
+        ratios = [0.0, *(options.ratios if weights in options.weights else ())]
+        for ratio in track(ratios, weights, console=Console(stderr=True)):
             if ratio:
                 answers = quality(model, tokenizer, problems, 16, {"mlp_ratio": ratio, "decode": "step"}, sample)
             else:
