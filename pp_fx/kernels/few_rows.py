@@ -1,7 +1,7 @@
 """The linear layers of a probe, a few rows of the batch: `pp_fx::few_rows`.
 
 Such a product reads a whole weight for little work. On a CPU that multiplies pairs of bf16 (AVX512_BF16) our own kernel
-reads it at the memory's speed for up to a dozen rows, where oneDNN takes up to three times as long
+reads it at the memory's speed for up to a dozen rows, where oneDNN takes up to four times as long
 (docs/research/speed.md, section 7). Everything else is torch's own product.
 """
 
