@@ -48,6 +48,8 @@ def to_torchao(model: nn.Module) -> nn.Module:
         )
     for name, module, how in packed:
         reason = how.refusal(module)
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            reason = "has hooks, which the layer in its place would not have; remove them, or load on one device"
         if reason is not None:
             raise UnsupportedModelError(f"{name} {reason}")
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.itemsize > 1), torch.float32)

@@ -102,6 +102,7 @@ def test_refusals():
     blocks.weights.strategy, blocks.weights.block_structure = "block", [16, 16]
     for made, change, words in [
         ("W4A16", lambda m: m(IDS), "was run already"),
+        ("W4A16", lambda m: m.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None), "has hooks"),
         ("W4A16", lambda m: setattr(m.model.layers[2].mlp.up_proj, "weight_g_idx", torch.zeros(1)), "actorder"),
         ("FP8", lambda m: setattr(m.model.layers[1].mlp.up_proj, "quantization_scheme", blocks), "has scales by block"),
     ]:
