@@ -1,4 +1,4 @@
-"""Let an engine's step run its prompt tokens apart from its other tokens."""
+"""Let an engine's step run the tokens of prompts apart from its other tokens."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class InsertSplit(Pass):
 
     def _split(self, block: BlockGraph, inserted: GroupNodes, group: MlpGroup, inputs: fx.Node) -> None:
         nodes, output = inserted.nodes, inserted.nodes["output"]
+        step = nodes.get("step")
         with block.graph.inserting_before(nodes["rows"]):
             args = (nodes["state"], nodes["rows"].args[1], block.plan)
             source = block.call(split.prompt_rows, args, inserted.name("prompt_residual"))
@@ -38,9 +39,17 @@ class InsertSplit(Pass):
         with block.graph.inserting_before(inputs):
             args = (nodes["state"], inputs.args[1], block.plan)
             inputs.update_arg(1, block.call(split.prompt_rows, args, inserted.name("prompt_rows"), inputs.args[1]))
+        if step is not None:  # the gathers ask whether everything is done
+            users = list(step.users)
+            with block.graph.inserting_after(step):
+                whole = block.call(
+                    split.whole_step, (nodes["state"], block.plan, step), inserted.name("whole_step"), step
+                )
+            for user in users:
+                user.replace_input_with(step, whole)
         with block.graph.inserting_after(output):
             args = (nodes["state"], block.plan, output, group.residual, nodes["probe_state"].args[2], *output.args[2:4])
-            joined = block.call(split.join_rows, args, inserted.name("joined"), output)
+            joined = block.call(split.join_rows, (*args, step), inserted.name("joined"), output)
         output.replace_all_uses_with(joined, lambda user: user is not joined)
 
 

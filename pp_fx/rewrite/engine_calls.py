@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ProbePruningConfig
 from ..errors import ConfigError, StateError
-from ..runtime.engine_step import ALL_DENSE, EngineStep, by_history, check_settings, plan_step
+from ..runtime.engine_step import EngineStep, by_history, check_settings, decoding, plan_step
 from ..runtime.names import LAYER
 from ..runtime.split import join_rows
 from ..runtime.state import GroupState
@@ -61,30 +61,32 @@ def engine_step(
             "together; use another version (pp_fx was tested with 5.23), model.generate, or pp_fx.restore(model)"
         )
     if kwargs.get("block_table") is not None:
-        return ALL_DENSE  # every request decodes, and nothing has to be looked up: a graph may record it
+        return decoding(settings)  # every request decodes, and nothing has to be looked up: a graph may record it
     recorded = starts.is_cuda and torch.cuda.is_current_stream_capturing()
     if recorded or torch.compiler.is_compiling():
         raise StateError(
             f"a step of continuous batching that is {'recorded as a CUDA graph' if recorded else 'compiled'} would "
             f"repeat the decisions of another step; {_UNCOMPILED}"
         )
-    step = plan_step(starts.tolist(), shape[1], settings)
-    return EngineStep(*(None if index is None else index.to(starts.device) for index in step))
+    return plan_step(starts.tolist(), shape[1], settings).to(starts.device)
 
 
 def unsplit(layers: Iterable[Any]) -> str | None:
-    """Which MLP cannot run a part of a step's tokens pruned, in words; None where all can.
+    """Which MLP cannot run a part of a step's tokens in another way, in words; None where all can.
 
     Args:
         layers: rewritten layers.
     """
     for layer in layers:
         state = layer.states().get("mlp")
-        if state is not None and state.prunes and not any(n.target is join_rows for n in layer.graph.nodes):
+        if state is None or any(node.target is join_rows for node in layer.graph.nodes):
+            continue
+        info = layer.__dict__[LAYER]
+        if state.prunes or (state.steps and info.settings.decode == "step"):
             return (
-                f"the MLP of layer {layer.__dict__[LAYER].index} ({layer.original_class.__name__}) reads more than its "
-                f"own tokens, so prompt tokens cannot be pruned beside tokens that decode; set its mlp_ratio to 0, use "
-                "model.generate, or pp_fx.restore(model)"
+                f"the MLP of layer {info.index} ({layer.original_class.__name__}) reads more than its own tokens, so "
+                "prompt tokens cannot run otherwise than tokens that decode beside them; set its mlp_ratio and "
+                "decode_ratio to 0, use model.generate, or pp_fx.restore(model)"
             )
     return None
 

@@ -175,7 +175,7 @@ def _prepare(
     states: dict[Kind, GroupState] = {}
     for kind, group in structure.groups.items():
         kept = kept_units(kind, group.units, ratios[kind], settings)
-        run = step_units(group, stepped) if kind == "mlp" else group.units
+        run = step_units(group.units, stepped) if kind == "mlp" else group.units
         states[kind] = _state(layer, structure, group, kept, run, settings)
     return layer, structure.cls, states
 

@@ -36,9 +36,9 @@ def kept_units(kind: Kind, units: int, ratio: float, config: ProbePruningConfig)
     return kept
 
 
-def step_units(group: Group, ratio: float) -> int:
+def step_units(units: int, ratio: float) -> int:
     """How many of an MLP's channels each token of a decode step runs at a per-layer ratio."""
-    return group.units - int(ratio * group.units)
+    return units - int(ratio * units)
 
 
 def limit_compact(prepared: list[tuple], config: ProbePruningConfig) -> None:

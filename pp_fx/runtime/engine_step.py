@@ -3,14 +3,15 @@
 Such an engine (vLLM, transformers' `generate_batch`) runs one flat row of tokens at every step: parts of some prompts,
 and one token each of the sequences that decode. Requests come and go, so a selection belongs to the step and to nothing
 else. Prompts are where an engine is bound by compute; one set of channels for many sequences that decode costs too much
-quality (docs/generation.md). So tokens of prompts are pruned, tokens that decode run dense.
+quality (docs/generation.md). So tokens of prompts are pruned, and tokens that decode run dense or, with
+`decode="step"`, choose for themselves (`step`), whoever else is in the step.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,29 +19,40 @@ from torch import Tensor
 from ..config import ProbePruningConfig
 from ..errors import ConfigError
 
-DECODES = ("auto", "dense")
-"""What `decode` may say: tokens that decode run all channels."""
+DECODES = ("auto", "dense", "step")
+"""What `decode` may say; "auto" is "dense" here."""
 
 
 class EngineStep(NamedTuple):
-    """Which of a step's tokens are pruned.
+    """How the tokens of a step run.
 
     Attributes:
-        pruned: int64 [P], ascending places in the flat row; None for all of them.
-        dense: int64 [D], the other places; None for none of them.
+        prompts: int64 [P], ascending places in the flat row of the tokens of prompts; None where all tokens run in one
+            way: those of prompts, or, if `decode` is not "dense", those that decode.
+        others: int64 [D], the other places: tokens that decode, then padding; None with `prompts`.
+        prunes: whether the tokens of prompts are pruned; else they run all channels.
+        decode: how the others run: all channels, or those that each chooses for itself.
     """
 
-    pruned: Tensor | None
-    dense: Tensor | None
+    prompts: Tensor | None = None
+    others: Tensor | None = None
+    prunes: bool = False
+    decode: Literal["dense", "step"] = "dense"
 
-    @property
-    def prunes(self) -> bool:
-        """Whether there is anything to prune."""
-        return self.pruned is None or self.pruned.shape[0] > 0
+    def to(self, device: torch.device) -> EngineStep:
+        """The same step, its index tensors on a device."""
+        if self.prompts is None or self.others is None:
+            return self
+        return self._replace(prompts=self.prompts.to(device), others=self.others.to(device))
 
 
-ALL_DENSE = EngineStep(torch.empty(0, dtype=torch.int64), None)
-"""A step that prunes nothing."""
+ALL_DENSE = EngineStep()
+"""A step whose tokens all run all channels."""
+
+
+def decoding(settings: ProbePruningConfig) -> EngineStep:
+    """A step whose tokens all decode."""
+    return EngineStep(decode="step") if settings.decode == "step" else ALL_DENSE
 
 
 def by_history(settings: ProbePruningConfig) -> bool:
@@ -57,18 +69,21 @@ def check_settings(settings: ProbePruningConfig, engine: str, where: str = "") -
         where: the place at which they are changed, for the message: " in config.json".
 
     Raises:
-        ConfigError: heads or decode steps are to be pruned, positions count, or the probe ranks rows.
+        ConfigError: heads are to be pruned, decoding is to follow its prompt, positions count, or the probe ranks rows.
     """
     heads, ratio = settings.attention_ratio, settings.decode_ratio
     if any(heads if isinstance(heads, tuple) else (heads,)):
         raise ConfigError(f"attention_ratio={heads}: {engine} prunes channels of MLPs alone; set it to 0{where}")
     if settings.decode not in DECODES:
         raise ConfigError(
-            f"decode={settings.decode!r}: no selection belongs to one sequence in {engine}, where decoding runs dense; "
-            f"set 'auto' or 'dense'{where}"
+            f"decode={settings.decode!r}: no selection belongs to one sequence in {engine}; set one of "
+            f"{', '.join(map(repr, DECODES))}{where}"
         )
-    if ratio is not None:
-        raise ConfigError(f"decode_ratio={ratio}: in {engine} decoding runs dense; leave it None{where}")
+    if ratio is not None and settings.decode != "step":
+        raise ConfigError(
+            f"decode_ratio={ratio}: with decode={settings.decode!r} decoding runs dense in {engine}; leave it None, or "
+            f"set decode='step'{where}"
+        )
     if settings.history == "position":
         raise ConfigError(
             "history='position': a step's tokens have positions of many requests; calibrate with history='channel'"
@@ -86,16 +101,16 @@ def check_settings(settings: ProbePruningConfig, engine: str, where: str = "") -
 
 
 def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) -> EngineStep:
-    """Which tokens of a step are pruned.
+    """How the tokens of a step run.
 
     Requests of more than one token run a prompt, or a chunk of one; those of a single token decode (so does a prompt's
     chunk of a single token, which nothing tells apart). A step with fewer prompt tokens than `min_select_tokens` runs
-    dense: deciding would cost more than it saves. Where the history alone selects, prompt tokens are always pruned.
+    them dense: deciding would cost more than it saves. Where the history alone selects, they are always pruned.
 
     Args:
         starts: where each request's tokens begin in the flat row, and where the last one's end (`query_start_loc`,
             `cu_seq_lens_q`): ascending, [requests + 1].
-        tokens: of the flat row; what lies behind the last request is padding and runs dense.
+        tokens: of the flat row; what lies behind the last request is padding and runs as tokens that decode do.
         settings: of the model.
 
     Returns:
@@ -103,11 +118,13 @@ def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) 
     """
     prompts = [(a, b) for a, b in itertools.pairwise(starts) if b - a > 1]
     count = sum(b - a for a, b in prompts)
-    if count == 0 or (count < settings.min_select_tokens and not by_history(settings)):
-        return ALL_DENSE
-    if count == tokens:
-        return EngineStep(None, None)
-    pruned = torch.zeros(tokens, dtype=torch.bool)
+    if count == 0:
+        return decoding(settings)
+    prunes = count >= settings.min_select_tokens or by_history(settings)
+    decode = ALL_DENSE.decode if count == starts[-1] - starts[0] else decoding(settings).decode
+    if count == tokens or (decode == "dense" and not prunes):
+        return EngineStep(prunes=prunes)
+    inside = torch.zeros(tokens, dtype=torch.bool)
     for a, b in prompts:
-        pruned[a:b] = True
-    return EngineStep(pruned.nonzero()[:, 0], (~pruned).nonzero()[:, 0])
+        inside[a:b] = True
+    return EngineStep(inside.nonzero()[:, 0], (~inside).nonzero()[:, 0], prunes, decode)

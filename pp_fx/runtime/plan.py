@@ -57,9 +57,10 @@ class Plan(NamedTuple):
             the new selection counts, else the stored one.
         exports: an exported graph is being traced (torch.export, torch.onnx): sizes are symbols, one graph serves
             every length, and nothing outlives it.
-        steps: the call's tokens choose the MLP's channels for themselves (`step`).
-        engine: the step of an engine with continuous batching that this call is, if it prunes; else None. `shape` then
-            counts the step's pruned tokens alone.
+        steps: the call's tokens, of an engine's step those that decode, choose the MLP's channels for themselves
+            (`step`).
+        engine: the step of an engine with continuous batching that this call is, if it does not run all channels of
+            all tokens; else None. Where tokens run in two ways, `shape` counts those of prompts alone.
         once: the history alone selects, once and for all calls.
         keeps: the cache came from the caller, so a selection is kept as decode steps read it.
     """
@@ -89,7 +90,7 @@ def exports() -> bool:
 def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: dict[str, Any] | None = None) -> Plan:
     """The plan of a block call with hidden states [B, T, H].
 
-    Under continuous batching the step that is among the layer's **kwargs (`forwarded`) says what is pruned.
+    Under continuous batching the step that is among the layer's **kwargs (`forwarded`) says it.
     Without a cache every call selects. With one, a call of at least `min_select_tokens` tokens selects (a prompt, a
     long new turn, a chunk of a long prompt: keys and values are whole, so that is always legal), and so does a call
     on a cache that holds no selection. Shorter calls reuse the selection; with decode="dense" they run dense, and with
@@ -130,12 +131,14 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
 
 
 def _plan_step(shape: tuple[int, int], settings: ProbePruningConfig, step: EngineStep) -> Plan:
-    """Of a flat row [1, T]: its prompt tokens select, for this call alone."""
+    """Of a flat row [1, T]: its prompt tokens select, for this call alone; tokens that decode may for themselves."""
     cache: Any = None
-    if not step.prunes:
+    steps = step.decode == "step"
+    if not step.prunes and not steps:
         return Plan(shape, settings, False, False, cache, {})
-    tokens = shape[1] if step.pruned is None else step.pruned.shape[0]
-    return Plan((1, tokens), settings, True, False, cache, {}, engine=step, once=by_history(settings))
+    tokens = shape[1] if step.prompts is None else step.prompts.shape[0]
+    once = by_history(settings)
+    return Plan((1, tokens), settings, step.prunes, False, cache, {}, steps=steps, engine=step, once=once)
 
 
 _RESET = (

@@ -1,6 +1,7 @@
-"""A step of an engine with continuous batching, taken apart: prompt tokens run pruned, the others dense.
+"""A step of an engine with continuous batching, taken apart: tokens of prompts, and the others.
 
-What lies between the two functions runs on the prompt tokens alone: probe, selection, projections, history.
+What lies between `prompt_rows` and `join_rows` runs on the prompts' tokens alone: probe, selection, projections,
+history.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ from torch import Tensor
 
 from .plan import Plan
 from .state import GroupState
+from .step import steps, strongest_columns
 
 
 def _parts(state: GroupState, plan: Plan) -> tuple[Tensor, Tensor] | None:
-    """Places of the pruned tokens and of the others, int64 [P] and [D]; None where all tokens run in one way."""
+    """Places of the prompts' tokens and of the others, int64 [P] and [D]; None where all tokens run in one way."""
     step = plan.engine
-    if step is None or step.pruned is None or step.dense is None or not state.prunes:
+    if step is None or step.prompts is None or step.others is None or not (state.prunes or steps(state, plan)):
         return None
-    return step.pruned, step.dense
+    return step.prompts, step.others
 
 
 def prompt_rows(state: GroupState, tensor: Tensor, plan: Plan) -> Tensor:
-    """The pruned tokens of an engine's step: [1, T, ..] or [T, H] -> [1, P, ..] or [P, H]; of other calls all."""
+    """The prompts' tokens of an engine's step: [1, T, ..] or [T, H] -> [1, P, ..] or [P, H]; of other calls all."""
     parts = _parts(state, plan)
     return tensor if parts is None else tensor.index_select(-2, parts[0])
+
+
+def whole_step(state: GroupState, plan: Plan, step: Tensor | None) -> Tensor | None:
+    """What `step.gated_step` has made, if that are all tokens of the call; else None."""
+    return step if _parts(state, plan) is None else None
 
 
 def join_rows(
@@ -36,14 +43,16 @@ def join_rows(
     parameters: tuple[Any, ...],
     weight: Tensor,
     bias: Tensor | None,
+    step: Tensor | None = None,
 ) -> Tensor:
     """The output of all tokens of an engine's step; of other calls `out` itself.
 
     Args:
-        out: [1, P, H] or [P, H], what the pruned tokens have made.
-        residual: [1, T, H], from which the others run the whole branch: the probe's own copy of it.
+        out: [1, P, H] or [P, H], what the prompts' tokens have made.
+        residual: [1, T, H], from which the others run the branch: the probe's own copy of it.
         parameters: of that copy.
         weight, bias: of the output projection, [H, C] and [H] or None.
+        step: [1, D, H] or [D, H], what `step.gated_step` has made of the others, if it did.
 
     Returns:
         [1, T, H] or [T, H].
@@ -51,9 +60,10 @@ def join_rows(
     parts = _parts(state, plan)
     if parts is None:
         return out
-    pruned, others = parts
-    z = state.probe(state, residual.index_select(1, others), *parameters)
-    dense = F.linear(z, weight, bias).flatten(0, -2)
+    prompts, others = parts
+    if step is None:
+        z = state.probe(state, residual.index_select(1, others), *parameters)
+        step = strongest_columns(state, plan, z, weight, bias) if steps(state, plan) else F.linear(z, weight, bias)
     whole = out.new_empty(residual.shape[1], out.shape[-1])
-    whole = whole.index_copy(0, pruned, out.flatten(0, -2)).index_copy(0, others, dense.to(out.dtype))
+    whole = whole.index_copy(0, prompts, out.flatten(0, -2)).index_copy(0, others, step.flatten(0, -2).to(out.dtype))
     return whole.view(*out.shape[:-2], *whole.shape)

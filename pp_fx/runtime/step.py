@@ -29,15 +29,18 @@ def gated_step(
     """The whole MLP: the gate projection runs whole, the other two read each token's chosen channels.
 
     Args:
-        x: [B, T, H], input of the input projections.
+        x: [B, T, H] (or [T, H]), input of the input projections.
         gate, up: the input projections.
         weight, bias: of the output projection, [H, C] and [H] or None.
 
     Returns:
-        [B, T, H], or None where this call is no decode step.
+        [B, T, H] (or [T, H]), of an engine's mixed step its decoding tokens alone; None where this call is no decode
+        step.
     """
     if not steps(state, plan):
         return None
+    if plan.engine is not None and plan.engine.others is not None:
+        x = x.index_select(-2, plan.engine.others)
     rows, count = x.flatten(0, -2), state.step_units
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
     read = None if plan.exports else _read(state, rows.shape[0], weight, gate_weight, up_weight)
@@ -73,10 +76,15 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
         weight, bias: [H, C] and [H] or None.
 
     Returns:
-        [B, T, H], or None where this call is no decode step.
+        [B, T, H], or None where this call is no decode step, or an engine's, with prompts.
     """
-    if not steps(state, plan):
+    if not steps(state, plan) or (plan.engine is not None and plan.engine.others is not None):
         return None
+    return strongest_columns(state, plan, z, weight, bias)
+
+
+def strongest_columns(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`output_step` of tokens that are known to decode."""
     rows = z.flatten(0, -2)
     strength, count = _strength(state, rows), state.step_units
     read = None if plan.exports else _read(state, rows.shape[0], weight)
@@ -91,7 +99,7 @@ def output_step(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, bias: 
 
 
 def steps(state: GroupState, plan: Plan) -> bool:
-    """Whether the tokens of this call choose for themselves."""
+    """Whether the tokens of this call, or of an engine's step those that decode, choose for themselves."""
     return plan.steps and state.steps and state.mode != "calibrate"
 
 

@@ -24,6 +24,7 @@ from tests.helpers.continuous import (
     FrozenOracle,
     StepOracle,
     assert_same,
+    one_by_one,
     requests,
     serve,
     without_collection,
@@ -47,16 +48,6 @@ def calibrated(model, config):
 
 def history(model):
     return [buffer.clone() for state in states_of(model) for buffer in state.history().values()]
-
-
-def one_by_one(model, wanted):
-    """What `generate` makes of every request alone."""
-    found = []
-    for prompt, tokens in wanted:
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, generation_config=GenerationConfig(max_new_tokens=tokens, **GREEDY))
-        found.append(out[0, len(prompt) :].tolist())
-    return found
 
 
 LONG = pytest.mark.slow
@@ -183,7 +174,7 @@ def test_a_layer_taken_apart(family):
                 out = layer.forward(*args, **kwargs, **{STEP: step})
             return (out if isinstance(out, torch.Tensor) else out[0])[0]
 
-        apart, whole, none = run(EngineStep(pruned, dense)), run(EngineStep(None, None)), run(ALL_DENSE)
+        apart, whole, none = run(EngineStep(pruned, dense, True)), run(EngineStep(prunes=True)), run(ALL_DENSE)
         assert not torch.allclose(whole, none)
         scale = none.abs().max()
         torch.testing.assert_close(apart[pruned] / scale, whole[pruned] / scale, atol=1e-5, rtol=0)

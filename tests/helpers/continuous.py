@@ -28,6 +28,16 @@ def requests(count, seed, longest=90, vocabulary=97):
     return [(prompt, integer(1, 9)) for prompt in prompts]
 
 
+def one_by_one(model, wanted):
+    """What `generate` makes of every request alone."""
+    found = []
+    for prompt, tokens in wanted:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, generation_config=GenerationConfig(max_new_tokens=tokens, **GREEDY))
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
 def serve(model, wanted, padded=False, together=True, **changes):
     """Tokens and log probabilities of every request.
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pp_fx
 
@@ -108,3 +108,28 @@ def tokens(outputs):
 def steps_of(llm):
     """The counts of the engine's steps."""
     return llm.llm_engine.vllm_config.quant_config.steps
+
+
+def logprobs(outputs):
+    """Of every prompt's tokens but the first."""
+    return torch.tensor(
+        [
+            [found[token].logprob for found, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+            for o in outputs
+        ]
+    )
+
+
+def expected(model, ids, count):
+    """What transformers makes of the prompts one after another: log probabilities [N, T - 1], greedy tokens."""
+    found, made = [], []
+    with torch.no_grad():
+        for row in ids:
+            cache = DynamicCache(config=model.config)
+            logits = model(row[None], past_key_values=cache).logits[0]
+            found.append(logits[:-1].log_softmax(-1).gather(1, row[1:, None])[:, 0])
+            made.append([int(logits[-1].argmax())])
+            for _ in range(count - 1):
+                logits = model(torch.tensor([[made[-1][-1]]]), past_key_values=cache).logits[0]
+                made[-1].append(int(logits[-1].argmax()))
+    return torch.stack(found), made

@@ -7,36 +7,9 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM; `make vllm` makes an environment with it")
 
-from transformers import DynamicCache
-
 import pp_fx
 
-from .conftest import IDS, SETTINGS, calibrated, engine, generate, steps_of, tokens
-
-
-def logprobs(outputs):
-    """Of every prompt's tokens but the first."""
-    return torch.tensor(
-        [
-            [found[token].logprob for found, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
-            for o in outputs
-        ]
-    )
-
-
-def expected(model, ids, count):
-    """What transformers makes of the prompts one after another: log probabilities [N, T - 1], greedy tokens."""
-    found, made = [], []
-    with torch.no_grad():
-        for row in ids:
-            cache = DynamicCache(config=model.config)
-            logits = model(row[None], past_key_values=cache).logits[0]
-            found.append(logits[:-1].log_softmax(-1).gather(1, row[1:, None])[:, 0])
-            made.append([int(logits[-1].argmax())])
-            for _ in range(count - 1):
-                logits = model(torch.tensor([[made[-1][-1]]]), past_key_values=cache).logits[0]
-                made[-1].append(int(logits[-1].argmax()))
-    return torch.stack(found), made
+from .conftest import IDS, SETTINGS, calibrated, engine, expected, generate, logprobs, steps_of, tokens
 
 
 def test_ratio_zero_is_vllm(dense_folder):

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="needs vLLM; `make vllm` makes an environment
 from pp_fx.errors import UnsupportedModelError
 from pp_fx.integrations.vllm.mlp import PrunedMlp
 from pp_fx.integrations.vllm.operators import SAMPLE
+from pp_fx.kernels.coded import rounded
 from pp_fx.runtime.engine_step import plan_step
 from pp_fx.runtime.select import history_scores
 
@@ -34,14 +35,14 @@ class Starts:
         return plan_step(self.starts, x.shape[0], self.settings)
 
 
-def make(settings=SETTINGS, bias=False, seed=0):
+def make(settings=SETTINGS, bias=False, seed=0, stepped=0.0):
     """A loaded MLP, its weights, and who says where requests start."""
     draw = torch.Generator().manual_seed(seed)
     inputs, output = torch.randn(2 * C, H, generator=draw), torch.randn(H, C, generator=draw)
     first = torch.randn(2 * C, generator=draw) if bias else None
     last = torch.randn(H, generator=draw) if bias else None
     steps = Starts(settings)
-    mlp = PrunedMlp("m", 1, 0.4, settings, steps, act, False, lambda: None)
+    mlp = PrunedMlp("m", 1, 0.4, stepped, settings, steps, act, False, lambda: None)
     mlp.take_inputs([C, C])
     mlp.take_output(C, [H])
     mlp.keep_inputs(inputs, first)
@@ -104,6 +105,31 @@ def test_the_history_alone():
     torch.testing.assert_close(call(mlp, x, None, None), wanted, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("probe", [None, "int8"])
+@pytest.mark.parametrize("count", [3, 12])
+def test_tokens_that_decode_choose_for_themselves(count, probe):
+    """Few and many of them, between two prompts and alone."""
+    settings = dataclasses.replace(SETTINGS, decode="step", step_probe=probe, min_select_tokens=1000)
+    mlp, steps, weights = make(settings, True, stepped=0.5)
+    inputs, first, output, last = weights
+    steps.starts = [0, 4, *range(5, 5 + count), 12 + count]
+    x = torch.randn(12 + count, H, generator=torch.Generator().manual_seed(4))
+    alone = torch.arange(4, 4 + count)
+    z = act(F.linear(x, inputs, first))
+    gate = F.silu(F.linear(x, inputs[:C], first[:C])[alone])
+    if probe:
+        gate = F.silu(F.linear(x[alone], rounded(inputs[:C], 8), first[:C]))
+    kept = (gate.abs() * output.norm(dim=0)).topk(C // 2).indices
+    z[alone] *= torch.zeros(count, C).scatter(1, kept, 1.0)
+    wanted = F.linear(z, output, last)
+    found = call(mlp, x, first, last)
+    close = (found - wanted).norm(dim=1) < 1e-4 * wanted.norm(dim=1)
+    assert close.all() if probe is None else close[alone].float().mean() > 0.6  # its input is rounded, too
+    assert close[:4].all()
+    steps.starts = list(range(count + 1))
+    torch.testing.assert_close(call(mlp, x[alone], first, last), found[alone], atol=1e-3, rtol=1e-4)
+
+
 def test_another_activation_is_refused():
     mlp, steps, (_, first, _, last) = make()
     steps.starts = [0, 40]
@@ -115,6 +141,6 @@ def test_another_activation_is_refused():
 
 @pytest.mark.parametrize("sizes", [[C, C, C], [C, 2 * C]])
 def test_sizes_that_are_no_gate_and_up(sizes):
-    mlp = PrunedMlp("m", 1, 0.4, SETTINGS, Starts(SETTINGS), act, False, lambda: None)
+    mlp = PrunedMlp("m", 1, 0.4, 0.0, SETTINGS, Starts(SETTINGS), act, False, lambda: None)
     with pytest.raises(UnsupportedModelError, match="are not the sizes"):
         mlp.take_inputs(sizes)

@@ -23,7 +23,7 @@ from .conftest import SETTINGS, calibrated, engine
         ({"mlp_ratio": 1.5}, "mlp_ratio=1.5 is out of range"),
         ({"attention_ratio": 0.2}, "attention_ratio=0.2: vLLM prunes channels"),
         ({"decode": "sticky"}, "decode='sticky'"),
-        ({"decode_ratio": 0.3}, "decode_ratio=0.3: in vLLM decoding runs dense"),
+        ({"decode_ratio": 0.3}, "decode_ratio=0.3: with decode='auto' decoding runs dense in vLLM"),
         ({"history": "position"}, "history='position'"),
         ({"guard": True}, "guard=True"),
         ({"probe": {"ranking": "residual"}}, "probe.ranking='residual'"),

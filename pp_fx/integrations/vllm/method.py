@@ -100,7 +100,7 @@ class PpFxConfig(QuantizationConfig):
         if self._engine is None:
             self._begin(get_current_vllm_config())
         index = next((int(part) for part in prefix.split(".") if part.isdigit()), None)
-        if index is None or self.ratios[index] == 0:
+        if index is None or not (self.ratios[index] or self.stepped[index]):
             return UnquantizedLinearMethod()
         if self._last not in (None, index):
             self._check_found(self._last)  # type: ignore[arg-type]
@@ -123,6 +123,10 @@ class PpFxConfig(QuantizationConfig):
         self.settings: ProbePruningConfig = self.given.config.on(engine.device_config.device_type)
         text = model.hf_text_config
         self.ratios = self.settings.layer_ratios("mlp_ratio", text.num_hidden_layers)
+        steps = self.settings.decode == "step"
+        self.stepped = (
+            self.settings.layer_ratios("decode_ratio", len(self.ratios)) if steps else [0.0] * len(self.ratios)
+        )
         name = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", "silu")
         self._activation = get_act_and_mul_fn(name, compile_native=False)
         self._history = None
@@ -148,8 +152,9 @@ class PpFxConfig(QuantizationConfig):
     def _mlp(self, name: str, index: int) -> PrunedMlp:
         """A new one, where operators find it by its name."""
         found = PrunedMlp(
-            name, index, self.ratios[index], self.settings, self.steps, self._activation, self._compiled, self._loaded
-        )
+            name, index, self.ratios[index], self.stepped[index], self.settings, self.steps, self._activation,
+            self._compiled, self._loaded,
+        )  # fmt: skip
         self.mlps[name] = self._engine.compilation_config.static_forward_context[name] = found
         return found
 
@@ -169,8 +174,8 @@ class PpFxConfig(QuantizationConfig):
         """The weights of one more MLP are there; with the last one comes the history."""
         if not all(mlp.ready for mlp in self.mlps.values()):
             return
-        for index, ratio in enumerate(self.ratios):
-            if ratio:
+        for index, ratios in enumerate(zip(self.ratios, self.stepped, strict=True)):
+            if any(ratios):
                 self._check_found(index)
         states = {f"{mlp.index}.mlp": mlp.state for mlp in self.mlps.values() if mlp.state.prunes}
         parallel = self._engine.parallel_config
@@ -179,7 +184,8 @@ class PpFxConfig(QuantizationConfig):
                                                 parallel.tensor_parallel_size))  # fmt: skip
         if by_history(self.settings):
             for mlp in self.mlps.values():
-                mlp.select_by_history()
+                if mlp.state.prunes:
+                    mlp.select_by_history()
         layers = len(self.ratios)
         kept = sum(mlp.state.kept_units / mlp.channels for mlp in self.mlps.values())
         self.steps.share = (layers - len(self.mlps) + kept) / layers

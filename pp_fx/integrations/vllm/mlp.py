@@ -18,16 +18,19 @@ from torch import Tensor
 from ... import kernels
 from ...config import ProbePruningConfig
 from ...errors import UnsupportedModelError
+from ...kernels.coded import encode
 from ...process_settings import own_defaults
-from ...rewrite.widths import kept_units
+from ...rewrite.widths import kept_units, step_units
 from ...runtime.compensate import compensate
 from ...runtime.gather import gather_columns
 from ...runtime.history import update_history
-from ...runtime.plan import LayerInfo, Plan
+from ...runtime.names import STEP
+from ...runtime.plan import LayerInfo, Plan, plan_call
 from ...runtime.probe import choose_rows, probe_state, take_rows
 from ...runtime.select import choose_units, unit_scores
 from ...runtime.selections import Selection
 from ...runtime.state import GroupState
+from ...runtime.step import Part, gated_step
 from .operators import SAMPLE
 from .steps import Steps
 
@@ -41,6 +44,7 @@ class PrunedMlp:
     Attributes:
         name: of the module, in vLLM's forward context, too.
         index: of the decoder layer.
+        ratio, stepped: the shares that prompts, and the tokens of decode steps, leave out.
         state: fp32 statistics; made when the weights are there.
         compiled: whether vLLM compiles the model.
         dense_inputs, dense_output: vLLM's own products with all channels: [T, H] -> [T, 2C], [T, C] -> [T, H].
@@ -55,13 +59,14 @@ class PrunedMlp:
         name: str,
         index: int,
         ratio: float,
+        stepped: float,
         settings: ProbePruningConfig,
         steps: Steps,
         activation: Callable[[Tensor], Tensor],
         compiled: bool,
         loaded: Callable[[], None],
     ) -> None:
-        self.name, self.index, self.ratio, self.settings = name, index, ratio, settings
+        self.name, self.index, self.ratio, self.stepped, self.settings = name, index, ratio, stepped, settings
         self.steps, self.activation, self.compiled, self.loaded = steps, activation, compiled, loaded
         self.channels = self.hidden = 0
         self.ready = False
@@ -104,7 +109,13 @@ class PrunedMlp:
         """The output projection [H, C], of which columns are read: transposed in memory. Makes the state."""
         self._output = weight.t().contiguous().t()
         kept = kept_units("mlp", self.channels, self.ratio, self.settings)
-        self.state = GroupState("mlp", self.channels, 1, kept, self.settings, self._output, self._probe)
+        run = step_units(self.channels, self.stepped)
+        self.state = GroupState(
+            "mlp", self.channels, 1, kept, self.settings, self._output, self._probe, step_units=run, factor=self._factor
+        )
+        if self.state.steps and self.settings.step_probe is not None:
+            gate = encode(self._inputs[: self.channels], int(self.settings.step_probe[3:]))
+            self.state.refresh(self._output, None, gate)
         self.ready = True
 
     @own_defaults()
@@ -139,14 +150,14 @@ class PrunedMlp:
             [T, 2 * SAMPLE]: what gate and up make of the first channels, until the first `result` has compared it.
         """
         step = self.steps.present(x)
-        if not step.prunes:
-            self._result = self._dense(x, bias)
-        elif step.pruned is None:
-            self._result = self._pruned(x)
+        plan = plan_call(self._layer, x[None], None, {STEP: step})
+        decoded = gated_step(self.state, plan, x, *self._parts(bias), self._output, None)
+        if step.prompts is None or step.others is None:
+            self._result = self._prompts(x, bias, plan) if decoded is None else decoded
         else:
             out = x.new_empty(x.shape[0], self.hidden)
-            out[step.pruned] = self._pruned(x.index_select(0, step.pruned))
-            out[step.dense] = self._dense(x.index_select(0, step.dense), bias)  # type: ignore[arg-type]
+            out[step.prompts] = self._prompts(x.index_select(0, step.prompts), bias, plan)
+            out[step.others] = self._dense(x.index_select(0, step.others), bias) if decoded is None else decoded
             self._result = out
         if self._compared:
             return x.new_zeros(x.shape[0], 2 * SAMPLE)
@@ -181,12 +192,14 @@ class PrunedMlp:
     def _dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.dense_output(self.activation(self.dense_inputs(x, bias)))
 
-    def _pruned(self, x: Tensor) -> Tensor:
-        """[P, H] of prompt tokens over the channels that they, or the history, choose."""
+    def _prompts(self, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+        """[P, H] of prompt tokens over the channels that they, or the history, choose; in small steps over all."""
+        if not plan.selects or not self.state.prunes:
+            return self._dense(x, bias)
         if self._held is not None:
             _, inputs, bias, output, vector = self._held
             return F.linear(self.activation(F.linear(x, inputs, bias)), output, vector)
-        plan, batch, state = _plan(x.shape[0], self.settings), x[None], self.state
+        batch, state = x[None], self.state
         rows = choose_rows(state, batch, None, plan)
         z = probe_state(state, (take_rows(batch, rows),), ())
         selection = choose_units(state, unit_scores(state, z, rows, None, plan), plan, self._layer)
@@ -213,6 +226,15 @@ class PrunedMlp:
     def _rows_of(self, selection: Selection) -> Tensor:
         """Where the kept channels lie in gate over up: int64 [2k]."""
         return torch.cat([selection.columns, selection.columns + self.channels])
+
+    def _parts(self, bias: Tensor | None) -> tuple[Part, Part]:
+        """The gate and the up projection."""
+        middle = self.channels
+        return (self._inputs, bias, (0, middle, 1)), (self._inputs, bias, (middle, 2 * middle, 1))
+
+    def _factor(self, state: GroupState, gate: Tensor) -> Tensor:
+        """What the up projection is multiplied by: [N, C] -> [N, C]."""
+        return self.activation(torch.cat([gate, torch.ones_like(gate)], -1))
 
     def _probe(self, state: GroupState, x: Tensor) -> Tensor:
         """The intermediate state of the probe's rows: [1, T', H] -> [1, T', C]."""

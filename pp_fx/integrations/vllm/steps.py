@@ -24,7 +24,7 @@ class Steps:
 
     Attributes:
         share: of the model's MLP channels that pruned tokens run.
-        steps, pruned: how many steps there were, and in how many tokens were pruned.
+        steps, pruned: how many steps there were, and in how many tokens of prompts were pruned.
         tokens, pruned_tokens: likewise of tokens.
     """
 
@@ -59,14 +59,14 @@ class Steps:
             raise UnsupportedModelError("no attention layer of this model says where requests begin (query_start_loc)")
         step = plan_step(starts.tolist(), x.shape[0], self.settings)
         self._count(step, x.shape[0])
-        return EngineStep(*(None if index is None else index.to(x.device) for index in step))
+        return step.to(x.device)
 
     def _count(self, step: EngineStep, tokens: int) -> None:
         self.steps += 1
         self.tokens += tokens
         if step.prunes:
             self.pruned += 1
-            self.pruned_tokens += tokens if step.pruned is None else step.pruned.shape[0]
+            self.pruned_tokens += tokens if step.prompts is None else step.prompts.shape[0]
         now = time.monotonic()
         then, *before = self._logged
         if now - then < _LOG_SECONDS:
