@@ -173,9 +173,10 @@ def _check(model: Any, opset: int) -> list[Port]:
         raise ExportError("the model prunes nothing; transform it with mlp_ratio or attention_ratio above 0")
     if settings_of(model).step_probe is not None:
         raise ExportError("step_probe has no ONNX form; transform with step_probe=None: then the gate itself ranks")
-    if settings_of(model).reprobes:
+    if settings_of(model).reprobes or settings_of(model).decode == "rolling":
         raise ExportError(
-            "decode='probe' and drift_threshold have no ONNX form; transform with decode='step', 'sticky' or 'dense'"
+            "decode='probe', decode='rolling' and drift_threshold have no ONNX form; transform with decode='step', "
+            "'sticky' or 'dense'"
         )
     return ports
 

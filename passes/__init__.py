@@ -32,7 +32,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
             GatherChannels(),
             InsertCompensation(),
             InsertHistory(),
-            InsertSplit(),
+            InsertSplit(rolls=config.decode == "rolling"),
             LocalizeWeights(),
             Cleanup(),
         ]

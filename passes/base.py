@@ -13,7 +13,7 @@ from torch import fx
 from ..errors import PassError
 from ..groups.group import Group, Groups
 from ..groups.projections import Projection
-from ..runtime import compensate, gather, history, model_calls, probe, select, shard_sum
+from ..runtime import compensate, gather, history, model_calls, probe, rolling, select, shard_sum, split
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class BlockGraph:
             gather.gather_columns,
             compensate.compensate,
             history.update_history,
+            rolling.roll,
+            rolling.adopt,
+            split.join_rows,  # the first to ask for the columns of a rolling selection keeps them
             shard_sum.sum_of_shards,
         }
     )

@@ -6,7 +6,7 @@ from torch import fx
 
 from ..groups.dataflow import is_parameter
 from ..groups.group import MlpGroup
-from ..runtime import gather, split
+from ..runtime import gather, rolling, split
 from .base import BlockGraph, GroupNodes, Pass, PassResult
 
 
@@ -15,9 +15,15 @@ class InsertSplit(Pass):
 
     That is right where between the projections nothing has a size of its own or reads another tensor of the batch; MLPs
     of other kinds stay as they are, and cannot be served under continuous batching.
+
+    Args:
+        rolls: the other tokens share a selection (`runtime.rolling`).
     """
 
     requires = ("state", "rows", "probe_residual", "probe_state", "kept", "branch_state", "output")
+
+    def __init__(self, rolls: bool = False) -> None:
+        self.rolls = rolls
 
     def call(self, block: BlockGraph) -> PassResult:
         matches = 0
@@ -25,6 +31,8 @@ class InsertSplit(Pass):
             inputs = next((n for n in inserted.nodes["kept"].users if n.target is gather.gather_rows), None)
             if isinstance(inserted.group, MlpGroup) and inputs is not None and _splits(inserted, inputs):
                 self._split(block, inserted, inserted.group, inputs)
+                if self.rolls:
+                    self._roll(block, inserted, inserted.group)
                 matches += 1
         return PassResult(matches)
 
@@ -51,6 +59,19 @@ class InsertSplit(Pass):
             args = (nodes["state"], block.plan, output, group.residual, nodes["probe_state"].args[2], *output.args[2:4])
             joined = block.call(split.join_rows, (*args, step), inserted.name("joined"), output)
         output.replace_all_uses_with(joined, lambda user: user is not joined)
+
+    def _roll(self, block: BlockGraph, inserted: GroupNodes, group: MlpGroup) -> None:
+        """What reads the selection reads it of a plan that has it."""
+        nodes, kept, output = inserted.nodes, inserted.nodes["kept"], inserted.nodes["output"]
+        parameters, weight = nodes["probe_state"].args[2], output.args[2]
+        with block.graph.inserting_before(kept):
+            args = (nodes["state"], block.plan, block.layer, group.residual, parameters, weight)
+            plan = block.call(rolling.roll, args, inserted.name("rolled"))
+        joined = next(n for n in output.users if n.target is split.join_rows)
+        kept.update_arg(2, plan)
+        with block.graph.inserting_before(joined):
+            args = (nodes["state"], plan, block.layer, kept, output.kwargs["compensation"], weight)
+            joined.update_arg(1, block.call(rolling.adopt, args, inserted.name("adopted")))
 
 
 def _splits(inserted: GroupNodes, inputs: fx.Node) -> bool:

@@ -22,7 +22,7 @@ LARGEST_RATIO = 0.95
 LATE_RATIO = 0.6
 """What the MLP of each late layer drops where `skip_layers` is left open."""
 HistoryKind = Literal["channel", "position"]
-DecodeMode = Literal["sticky", "dense", "probe", "step", "auto"]
+DecodeMode = Literal["sticky", "dense", "probe", "step", "auto", "rolling"]
 StepProbe = Literal["int8", "int4"]
 Kind = Literal["mlp", "attention"]
 """Of a group: the channels of an MLP, or the query heads of an attention."""
@@ -93,8 +93,10 @@ class ProbePruningConfig:
         decode: "sticky" (decoding reuses the prompt's selection), "dense" (decoding runs all channels), "probe"
             (the MLP's channels are selected anew after every `reprobe_every` decoded tokens, from these tokens;
             attention heads stay), "step" (every token of a decode step chooses the MLP's channels for itself, by its
-            own gate; attention heads run whole) or "auto" ("step" for batches of at most `step_batch`, whose choices
-            have enough in common to save time, else "dense").
+            own gate; attention heads run whole), "auto" ("step" for batches of at most `step_batch`, whose choices
+            have enough in common to save time, else "dense") or "rolling" (as "probe"; with probe=None, which has
+            nothing to probe, as "sticky"). In an engine with continuous batching, which takes "auto" for "dense",
+            "rolling" is one selection for all tokens that decode (docs/serving.md).
         step_batch: of decode="auto", in sequences (beams count). None: what suits the model's device
             (`pp_fx.devices`).
         step_probe: a copy of the gate projection in 8 or 4 bits that ranks the channels of decode="step" in its place
@@ -102,11 +104,11 @@ class ProbePruningConfig:
             an MLP without a gate ranks by all of its inputs in any case.
         decode_ratio: share of the MLP's channels that decode="step" leaves out for each token, in [0, 0.95]: in every
             layer, `skip_layers` or not, or a tuple with the ratio of every layer. None: the same as `mlp_ratio`.
-        reprobe_every: decoded tokens between two probes of decode="probe" or `drift_threshold`; a window of their
-            residual is kept with the selection.
-        drift_threshold: in (0, 1], with decode="sticky": every `reprobe_every` decoded tokens these are
+        reprobe_every: decoded tokens (in an engine: steps with tokens that decode) between two probes of decode="probe"
+            or "rolling" or `drift_threshold`; a window of so many tokens' residual is kept with the selection.
+        drift_threshold: in (0, 1], with decode="sticky" or "rolling": every `reprobe_every` decoded tokens these are
             probed, and where less than this share of their selection is in the present one, it replaces it. None:
-            the selection stays.
+            the selection of "sticky" stays, that of "rolling" is always replaced.
         compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
             other layers gather at every step. None: no limit; 0: keep only the indices.
         guard: measure at `transform` (and after loading) from how many tokens on pruning is not slower than the dense
@@ -196,10 +198,10 @@ class ProbePruningConfig:
         check_integers(1, ConfigError, reprobe_every=self.reprobe_every)
         if self.drift_threshold is not None:
             _number("drift_threshold", self.drift_threshold, 0, 1)
-            if self.decode != "sticky":
+            if self.decode not in ("sticky", "rolling"):
                 raise ConfigError(
                     f"drift_threshold={self.drift_threshold} has no meaning with decode={self.decode!r}; leave it None "
-                    "or choose decode='sticky'"
+                    "or choose decode='sticky' or 'rolling'"
                 )
         _flag("guard", self.guard)
         check_integers(0, ConfigError, kernel_rows=self.kernel_rows)
@@ -318,7 +320,8 @@ class ProbePruningConfig:
     @property
     def reprobes(self) -> bool:
         """Whether decoding probes again."""
-        return self.decode == "probe" or self.drift_threshold is not None
+        rolls = self.decode == "rolling" and self.probe is not None
+        return self.decode == "probe" or rolls or self.drift_threshold is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON types."""

@@ -40,7 +40,9 @@ def compare_command(
     task: Task = None,
     methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; all.")] = "all",
     ratios: Annotated[str, typer.Option(help="Comma-separated shares of MLP channels dropped.")] = "0.2,0.4",
-    decodes: Annotated[str, typer.Option(help="Of --task: comma-separated, of sticky, step, dense, probe.")] = "sticky",
+    decodes: Annotated[
+        str, typer.Option(help="Of --task: comma-separated, of sticky, step, dense, probe, rolling.")
+    ] = "sticky",
     decode_ratio: DecodeRatio = None,
     attention_ratio: Annotated[float, typer.Option(help="Share of query heads dropped, in all rows.")] = 0.0,
     sequence_count: Annotated[int, typer.Option("--sequences", help="Sequences from the start of the text.")] = 20,

@@ -38,7 +38,7 @@ PRESETS = [name for name, method in METHODS.items() if method.planner is None]
 """Methods whose ratios are as they were asked for; one with a planner spreads them (`pp-fx compare`)."""
 Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; paper: the authors' settings, attention heads too.")]
 Decode = Annotated[
-    str | None, typer.Option(help="While decoding: sticky, step, auto, dense or probe; else the config's.")
+    str | None, typer.Option(help="While decoding: sticky, step, auto, dense, probe or rolling; else the config's.")
 ]
 DecodeRatio = Annotated[
     float | None, typer.Option(help="Of --decode step: share of MLP channels each token leaves out; else --mlp-ratio.")

@@ -31,11 +31,12 @@ def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     states = states_of(model)
     if not any(state.prunes or state.steps for state in states):
         return type(model).init_continuous_batching(model, *args, **kwargs)
-    check_ready(settings_of(model), states)
+    settings = settings_of(model)
+    check_ready(settings, states)
     attention = model.config._attn_implementation
     manager = type(model).init_continuous_batching(model, *args, **kwargs)
     try:
-        check_compilation(manager.continuous_batching_config)
+        check_compilation(manager.continuous_batching_config, settings)
     except BaseException:
         manager.destroy()
         model.set_attn_implementation(attention)

@@ -71,7 +71,7 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     if not info.prunes:
         return None
     if is_engine_call(kwargs):
-        return args, {**kwargs, STEP: engine_step(info.settings, info.unsplit, _shape(args, kwargs), kwargs)}
+        return args, {**kwargs, STEP: engine_step(info.layer, info.unsplit, _shape(args, kwargs), kwargs)}
     twice = module.training and torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
     if twice and any(state.prunes and state.mode == "run" for state in states_of(module)):
         raise StateError(

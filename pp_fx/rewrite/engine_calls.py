@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..config import ProbePruningConfig
 from ..errors import ConfigError, StateError
-from ..runtime.engine_step import EngineStep, by_history, check_settings, decoding, plan_step
+from ..runtime.engine_step import ALL_DENSE, EngineStep, by_history, check_settings, plan_step
 from ..runtime.names import LAYER
+from ..runtime.plan import LayerInfo
 from ..runtime.split import join_rows
 from ..runtime.state import GroupState
 
 ENGINE = "continuous batching"
-_UNCOMPILED = (
-    "set ContinuousBatchingConfig(use_cuda_graph=(False, True), default_compile_level=0, varlen_compile_config=None)"
-)
 
 
 def is_engine_call(kwargs: dict[str, Any]) -> bool:
@@ -32,13 +30,11 @@ def is_engine_call(kwargs: dict[str, Any]) -> bool:
     return paged or "write_index" in kwargs or kwargs.get("block_table") is not None
 
 
-def engine_step(
-    settings: ProbePruningConfig, unsplit: str | None, shape: tuple[int, int], kwargs: dict[str, Any]
-) -> EngineStep:
+def engine_step(layer: LayerInfo, unsplit: str | None, shape: tuple[int, int], kwargs: dict[str, Any]) -> EngineStep:
     """The step that a call is.
 
     Args:
-        settings: of the model.
+        layer: what the first layer knows.
         unsplit: what `unsplit` has found.
         shape: of the call's tokens, [1, T].
         kwargs: of the call.
@@ -48,8 +44,10 @@ def engine_step(
 
     Raises:
         ConfigError: `engine_step.check_settings`.
-        StateError: the call does not say where requests begin, is compiled or recorded, or an MLP cannot be split.
+        StateError: the call does not say where requests begin or gives no pages that a selection could lie on, is
+            compiled or recorded, or an MLP cannot be split.
     """
+    settings, pages = layer.settings, kwargs.get("cache")
     check_settings(settings, ENGINE)
     if unsplit is not None:
         raise StateError(unsplit)
@@ -60,15 +58,22 @@ def engine_step(
             f"cu_seq_lens_q and one flat row of tokens (the batch is {shape[0]}), so nothing says which tokens belong "
             "together; use another version (pp_fx was tested with 5.23), model.generate, or pp_fx.restore(model)"
         )
-    if kwargs.get("block_table") is not None:
-        return decoding(settings)  # every request decodes, and nothing has to be looked up: a graph may record it
+    rolls = settings.decode == "rolling"
+    if rolls and pages is None:
+        raise StateError(
+            "decode='rolling' keeps its selection with the pages, and this call has no `cache`; set decode='step' or "
+            "'dense'"
+        )
+    if kwargs.get("block_table") is not None and not rolls:
+        # every request decodes, and nothing has to be looked up: a graph may record it
+        return EngineStep(decode="step") if settings.decode == "step" else ALL_DENSE
     recorded = starts.is_cuda and torch.cuda.is_current_stream_capturing()
     if recorded or torch.compiler.is_compiling():
         raise StateError(
             f"a step of continuous batching that is {'recorded as a CUDA graph' if recorded else 'compiled'} would "
-            f"repeat the decisions of another step; {_UNCOMPILED}"
+            f"repeat the decisions of another step; {_uncompiled(settings)}"
         )
-    return plan_step(starts.tolist(), shape[1], settings).to(starts.device)
+    return plan_step(starts.tolist(), shape[1], settings, pages, layer.owner).to(starts.device)
 
 
 def unsplit(layers: Iterable[Any]) -> str | None:
@@ -106,17 +111,28 @@ def check_ready(settings: ProbePruningConfig, states: Iterable[GroupState]) -> N
         )
 
 
-def check_compilation(config: Any) -> None:
+def check_compilation(config: Any, settings: ProbePruningConfig) -> None:
     """What transformers has made of its `ContinuousBatchingConfig`.
 
     Raises:
-        ConfigError: steps with prompts are to be compiled or recorded as CUDA graphs.
+        ConfigError: steps whose decisions differ are to be compiled or recorded as CUDA graphs: those with prompts, and
+            with decode="rolling" all.
     """
     graphs = getattr(config, "cuda_graph_booleans", (False, False))
-    compiled = getattr(config, "varlen_compile_config", None)
-    if graphs[0] or compiled is not None:
+    names = ("varlen_compile_config", "decode_compile_config")[: 1 + (settings.decode == "rolling")]
+    compiled = {name: getattr(config, name, None) for name in names}
+    if any(graphs[: len(names)]) or any(found is not None for found in compiled.values()):
+        modes = " and ".join(f"{name}={found and repr(found.mode)}" for name, found in compiled.items())
         raise ConfigError(
-            f"use_cuda_graph={graphs} and varlen_compile_config={'None' if compiled is None else compiled.mode!r} "
-            "(transformers sets what is left open by device and attention) would repeat one step's decisions in all "
-            f"others; {_UNCOMPILED}"
+            f"use_cuda_graph={graphs} and {modes} (transformers sets what is left open by device and attention) would "
+            f"repeat one step's decisions in all others; {_uncompiled(settings)}"
         )
+
+
+def _uncompiled(settings: ProbePruningConfig) -> str:
+    """How to run the steps that decide something as they are."""
+    if settings.decode == "rolling":
+        graphs, configs = "False", "varlen_compile_config=None, decode_compile_config=None"
+    else:
+        graphs, configs = "(False, True)", "varlen_compile_config=None"
+    return f"set ContinuousBatchingConfig(use_cuda_graph={graphs}, default_compile_level=0, {configs})"

@@ -11,6 +11,7 @@
 | `model_calls` | the model's own attention, KV cache and modules |
 | `compensate` | what stands in for the dropped units |
 | `history` | the running statistics, updated from what ran |
+| `rolling` | an engine's one selection for tokens that decode |
 | `split` | an engine's step: its prompt tokens apart from its other tokens |
 
 They stand on `state` (what a group remembers), `selections` and `compact` (what a generation keeps on its KV cache),

@@ -4,22 +4,24 @@ Such an engine (vLLM, transformers' `generate_batch`) runs one flat row of token
 and one token each of the sequences that decode. Requests come and go, so a selection belongs to the step and to nothing
 else. Prompts are where an engine is bound by compute; one set of channels for many sequences that decode costs too much
 quality (docs/generation.md). So tokens of prompts are pruned, and tokens that decode run dense or, with
-`decode="step"`, choose for themselves (`step`), whoever else is in the step.
+`decode="step"`, choose for themselves (`step`), whoever else is in the step. Who wants the one set nevertheless has it
+with `decode="rolling"` (`rolling`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import ProbePruningConfig
 from ..errors import ConfigError
+from .selections import put_selections
 
-DECODES = ("auto", "dense", "step")
+DECODES = ("auto", "dense", "step", "rolling")
 """What `decode` may say; "auto" is "dense" here."""
 
 
@@ -31,13 +33,20 @@ class EngineStep(NamedTuple):
             way: those of prompts, or, if `decode` is not "dense", those that decode.
         others: int64 [D], the other places: tokens that decode, then padding; None with `prompts`.
         prunes: whether the tokens of prompts are pruned; else they run all channels.
-        decode: how the others run: all channels, or those that each chooses for itself.
+        decode: how the others run: all channels, those that each chooses for itself, or those of the engine's one
+            selection.
+        decoding: how many of the others decode, of "rolling"; the rest is padding.
+        reprobes: whether the selection of "rolling" is made anew with this step.
+        cache: of "rolling", what the selection and the last tokens lie on; of steps without tokens that decode, too.
     """
 
     prompts: Tensor | None = None
     others: Tensor | None = None
     prunes: bool = False
-    decode: Literal["dense", "step"] = "dense"
+    decode: Literal["dense", "step", "rolling"] = "dense"
+    decoding: int = 0
+    reprobes: bool = False
+    cache: Any = None
 
     def to(self, device: torch.device) -> EngineStep:
         """The same step, its index tensors on a device."""
@@ -48,11 +57,6 @@ class EngineStep(NamedTuple):
 
 ALL_DENSE = EngineStep()
 """A step whose tokens all run all channels."""
-
-
-def decoding(settings: ProbePruningConfig) -> EngineStep:
-    """A step whose tokens all decode."""
-    return EngineStep(decode="step") if settings.decode == "step" else ALL_DENSE
 
 
 def by_history(settings: ProbePruningConfig) -> bool:
@@ -100,7 +104,9 @@ def check_settings(settings: ProbePruningConfig, engine: str, where: str = "") -
             )
 
 
-def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) -> EngineStep:
+def plan_step(
+    starts: Sequence[int], tokens: int, settings: ProbePruningConfig, cache: Any = None, owner: int = 0
+) -> EngineStep:
     """How the tokens of a step run.
 
     Requests of more than one token run a prompt, or a chunk of one; those of a single token decode (so does a prompt's
@@ -112,19 +118,35 @@ def plan_step(starts: Sequence[int], tokens: int, settings: ProbePruningConfig) 
             `cu_seq_lens_q`): ascending, [requests + 1].
         tokens: of the flat row; what lies behind the last request is padding and runs as tokens that decode do.
         settings: of the model.
+        cache: with decode="rolling", any object that lives as long as the engine: its steps are counted on it.
+        owner: identity of the transform.
 
     Returns:
         The step; its index tensors lie on the CPU.
     """
-    prompts = [(a, b) for a, b in itertools.pairwise(starts) if b - a > 1]
-    count = sum(b - a for a, b in prompts)
-    if count == 0:
-        return decoding(settings)
-    prunes = count >= settings.min_select_tokens or by_history(settings)
-    decode = ALL_DENSE.decode if count == starts[-1] - starts[0] else decoding(settings).decode
-    if count == tokens or (decode == "dense" and not prunes):
-        return EngineStep(prunes=prunes)
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    decoding, count = lengths.count(1), sum(n for n in lengths if n > 1)
+    prunes = count > 0 and (count >= settings.min_select_tokens or by_history(settings))
+    step = EngineStep(prunes=prunes, cache=cache if settings.decode == "rolling" else None)
+    if decoding and settings.decode == "step":
+        step = step._replace(decode="step")
+    elif decoding and settings.decode == "rolling":
+        step = step._replace(decode="rolling", decoding=decoding, reprobes=_reprobes(settings, cache, owner))
+    if count in (0, tokens) or (step.decode == "dense" and not prunes):
+        return step
     inside = torch.zeros(tokens, dtype=torch.bool)
-    for a, b in prompts:
-        inside[a:b] = True
-    return EngineStep(inside.nonzero()[:, 0], (~inside).nonzero()[:, 0], prunes, decode)
+    for a, b in itertools.pairwise(starts):
+        inside[a:b] = b - a > 1
+    return step._replace(prompts=inside.nonzero()[:, 0], others=(~inside).nonzero()[:, 0])
+
+
+def _reprobes(settings: ProbePruningConfig, cache: Any, owner: int) -> bool:
+    """Count a step with tokens that decode; whether they are probed with it."""
+    if by_history(settings):
+        return False
+    counted = put_selections(cache, owner)
+    counted.age += 1
+    if counted.age < settings.reprobe_every:
+        return False
+    counted.age = 0
+    return True

@@ -52,7 +52,8 @@ class Plan(NamedTuple):
         selects: the call selects anew, from its own tokens.
         reprobes: the call re-probes the last decoded tokens.
         cache: the KV cache, or None.
-        stored: the selections of this layer to reuse, by group kind; a group that is not there runs dense.
+        stored: the selections of this layer to reuse, by group kind; a group that is not there runs dense. Of an
+            engine's step those of the tokens that decode (`rolling`).
         empty: bool scalar, only where a compiled call cannot know whether a StaticCache was reset: where it is true
             the new selection counts, else the stored one.
         exports: an exported graph is being traced (torch.export, torch.onnx): sizes are symbols, one graph serves
@@ -105,7 +106,7 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     if not layer.prunes:
         return Plan(shape, settings, False, False, cache, {}, exports=exported)
     if forwarded and STEP in forwarded:
-        return _plan_step(shape, settings, forwarded[STEP])
+        return _plan_step(shape, layer, forwarded[STEP])
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
     if settings.steps and shape[1] < settings.min_select_tokens:
@@ -130,15 +131,23 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     return Plan(shape, settings, False, reprobes, cache, reused, exports=exported, keeps=keeps)
 
 
-def _plan_step(shape: tuple[int, int], settings: ProbePruningConfig, step: EngineStep) -> Plan:
-    """Of a flat row [1, T]: its prompt tokens select, for this call alone; tokens that decode may for themselves."""
+def _plan_step(shape: tuple[int, int], layer: LayerInfo, step: EngineStep) -> Plan:
+    """Of a flat row [1, T]: its prompt tokens select, for this call alone; tokens that decode by `step.decode`."""
+    settings, once = layer.settings, by_history(layer.settings)
     cache: Any = None
-    steps = step.decode == "step"
-    if not step.prunes and not steps:
+    if not step.prunes and step.decode == "dense":
         return Plan(shape, settings, False, False, cache, {})
     tokens = shape[1] if step.prompts is None else step.prompts.shape[0]
-    once = by_history(settings)
-    return Plan((1, tokens), settings, step.prunes, False, cache, {}, steps=steps, engine=step, once=once)
+    steps, stored = step.decode == "step", {} if step.cache is None else _rolling(layer, step.cache)
+    return Plan((1, tokens), settings, step.prunes, False, cache, stored, steps=steps, engine=step, once=once)
+
+
+def _rolling(layer: LayerInfo, cache: Any) -> dict[str, Selection]:
+    """What an engine's decoding tokens read of this layer, by group kind; a first choice is added where it lies."""
+    groups = put_selections(cache, layer.owner).layers.setdefault(layer.index, {})
+    if any(selection.version != layer.version for selection in groups.values()):
+        groups.clear()
+    return groups
 
 
 _RESET = (
@@ -154,6 +163,11 @@ def _stored(layer: LayerInfo, selections: Selections | None) -> dict[str, Select
     if any(not s.current or s.version != layer.version for s in groups.values()):
         return {}  # the cache was emptied, or the weights changed since
     return groups
+
+
+def lasting_tokens(settings: ProbePruningConfig) -> int:
+    """For how many tokens a choice counts that the history makes for all calls to come: enough for everything."""
+    return max(settings.compensation_min_tokens or 0, settings.min_select_tokens)
 
 
 def new_selection(layer: LayerInfo, plan: Plan, kind: str, kept: Tensor, columns: Tensor) -> Selection:

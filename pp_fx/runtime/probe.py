@@ -42,19 +42,30 @@ def probe_source(state: GroupState, residual: Tensor, plan: Plan, layer: LayerIn
     prompt makes room for it.
     """
     decodes = state.kind in plan.stored and not plan.selects
-    if not state.reprobes or not (decodes or plan.keeps):
+    if not state.reprobes or plan.engine is not None or not (decodes or plan.keeps):
         return residual
-    windows, size = put_selections(plan.cache, layer.owner).windows, plan.settings.reprobe_every
+    decoded = residual if decodes else residual[:, :0]
+    window = keep_window(state, decoded, layer, plan.cache, plan.settings.reprobe_every)
+    return window if decodes and plan.reprobes else residual
+
+
+def keep_window(state: GroupState, decoded: Tensor, layer: LayerInfo, cache: Any, size: int) -> Tensor:
+    """Keep the residual of the last `size` tokens on a cache: [B, size, H], zeros before there were so many.
+
+    Args:
+        decoded: [B, T, H], of the tokens that come now.
+    """
+    windows = put_selections(cache, layer.owner).windows
     if layer.index not in windows:
         windows[layer.index] = {}
     groups = windows[layer.index]
     window = groups.get(state.kind)
-    if window is None or window.shape[0] != residual.shape[0]:
-        window = residual.new_zeros((residual.shape[0], size, residual.shape[2]))
-    if decodes:
-        window = torch.cat([window, residual], 1)[:, -size:]
+    if window is None or window.shape[0] != decoded.shape[0]:
+        window = decoded.new_zeros((decoded.shape[0], size, decoded.shape[2]))
+    if decoded.shape[1]:
+        window = torch.cat([window, decoded], 1)[:, -size:]
     groups[state.kind] = keep(groups.get(state.kind), window)
-    return window if decodes and plan.reprobes else residual
+    return window
 
 
 def choose_rows(state: GroupState, source: Tensor, real: Tensor | None, plan: Plan) -> ProbeRows | None:

@@ -77,8 +77,8 @@ def selects(state: GroupState, plan: Plan) -> bool:
 
 def reuse(state: GroupState, plan: Plan) -> Selection | None:
     """The generation's selection, for a call that makes none; None means dense. Decode steps want it compact."""
-    if plan.selects:
-        return None
+    if plan.selects or (plan.engine is not None and plan.engine.others is not None):
+        return None  # an engine's tokens of prompts have nothing stored
     selection = plan.stored.get(state.kind)
     if selection is not None and not selection.compacts and state.holds_compact:
         selection.want_compact()

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gather import gather_columns
 from .plan import Plan
 from .state import GroupState
 from .step import steps, strongest_columns
@@ -62,8 +63,24 @@ def join_rows(
         return out
     prompts, others = parts
     if step is None:
-        z = state.probe(state, residual.index_select(1, others), *parameters)
-        step = strongest_columns(state, plan, z, weight, bias) if steps(state, plan) else F.linear(z, weight, bias)
+        step = _run(state, plan, residual.index_select(1, others), parameters, weight, bias)
     whole = out.new_empty(residual.shape[1], out.shape[-1])
     whole = whole.index_copy(0, prompts, out.flatten(0, -2)).index_copy(0, others, step.flatten(0, -2).to(out.dtype))
     return whole.view(*out.shape[:-2], *whole.shape)
+
+
+def _run(
+    state: GroupState, plan: Plan, residual: Tensor, parameters: tuple[Any, ...], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The branch over the others [1, D, H]. What they do not need is left out behind the input projections.
+
+    These run whole: the probe's copy reads whole weights, and beside prompts a step is not short of bandwidth.
+    """
+    z = state.probe(state, residual, *parameters)
+    if steps(state, plan):
+        return strongest_columns(state, plan, z, weight, bias)
+    selection = plan.stored.get(state.kind)
+    if selection is None or plan.engine is None or plan.engine.decode == "dense":
+        return F.linear(z, weight, bias)
+    kept = z.index_select(-1, selection.columns)
+    return gather_columns(selection, kept, weight, bias, compensation=selection.compensation)

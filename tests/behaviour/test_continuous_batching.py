@@ -16,6 +16,7 @@ from pp_fx.rewrite.layer import layers_of
 from pp_fx.rewrite.verify import random_call
 from pp_fx.runtime.engine_step import ALL_DENSE, EngineStep
 from pp_fx.runtime.names import STEP
+from pp_fx.runtime.plan import LayerInfo
 from pp_fx.runtime.selections import selections_on
 from pp_fx.runtime.state import states_of
 from tests.helpers.continuous import (
@@ -239,14 +240,14 @@ def test_compiled_steps_are_refused():
 def test_recorded_steps_are_refused():
     """What transformers has resolved, as on CUDA with flash attention; a graph of decode steps repeats nothing."""
     with pytest.raises(ConfigError, match=r"use_cuda_graph=\(True, True\).*use_cuda_graph=\(False, True\)"):
-        check_compilation(ContinuousBatchingConfig(use_cuda_graph=True))
-    check_compilation(ContinuousBatchingConfig(use_cuda_graph=(False, True)))
+        check_compilation(ContinuousBatchingConfig(use_cuda_graph=True), CONFIG)
+    check_compilation(ContinuousBatchingConfig(use_cuda_graph=(False, True)), CONFIG)
 
 
 def test_a_block_table_is_of_decoding_alone():
     """transformers gives one where every request runs one token: nothing is read of the device."""
     given = {"cu_seq_lens_q": torch.empty(3, device="meta"), "block_table": torch.zeros(1, 2, 4)}
-    assert engine_step(CONFIG, None, (1, 2), given) is ALL_DENSE
+    assert engine_step(LayerInfo(0, 1, CONFIG, CONFIG, True), None, (1, 2), given) is ALL_DENSE
 
 
 def test_pages_without_borders_are_refused():

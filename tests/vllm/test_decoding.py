@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM; `make vllm` makes an environment with it")
 
 import pp_fx
+from pp_fx.runtime.selections import selections_on
+from tests.helpers.continuous import serve
 
 from .conftest import IDS, SETTINGS, calibrated, engine, expected, generate, logprobs, steps_of, tiny, tokens
 
@@ -49,3 +51,47 @@ def test_without_a_ratio_it_is_vllm(dense_folder):
     pruning = {"mlp_ratio": 0.0, "decode": "step", "decode_ratio": 0.0}
     with engine(dense_folder, pruning=pruning) as llm:
         assert tokens(generate(llm, IDS[:16])) == dense
+
+
+ROLLING = dataclasses.replace(SETTINGS, decode="rolling", reprobe_every=5, mlp_compensation="mean")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.7])
+def test_a_rolling_selection_is_transformers(tmp_path, compiled, threshold):
+    """One request after another in one engine: the same prompts, the same windows, the same choices."""
+    settings = dataclasses.replace(ROLLING, drift_threshold=threshold)
+    model = pp_fx.transform(tiny(), settings)
+    model.save_pretrained(tmp_path)
+    wanted = [(row, 9) for row in IDS[:4].tolist()]
+    made = serve(model, wanted, together=False)
+    with engine(str(tmp_path), enforce_eager=not compiled) as llm:
+        outputs = [generate(llm, [row], count)[0] for row, count in wanted]
+        held = [s.kept for s in selections_on(steps_of(llm)).all()]
+    assert tokens(outputs) == [found for found, _ in made]
+    assert len(held) == 2
+    still = dataclasses.replace(ROLLING, reprobe_every=1000)
+    assert made != serve(pp_fx.transform(tiny(), still), wanted, together=False)
+
+
+def test_a_frozen_history_decodes_independently(tmp_path):
+    calibrated(dataclasses.replace(ROLLING, freeze_history=True)).save_pretrained(tmp_path)
+    rows = [row[:n] for row, n in zip(IDS.tolist(), range(2, 90, 4), strict=False)]
+    with engine(str(tmp_path), max_num_batched_tokens=256) as llm:
+        alone = [tokens(generate(llm, [row]))[0] for row in rows]
+        assert tokens(generate(llm, rows)) == alone
+        assert selections_on(steps_of(llm)) is None
+    model = calibrated(dataclasses.replace(ROLLING, freeze_history=True))
+    assert alone == [found for found, _ in serve(model, [(row, 8) for row in rows], together=False)]
+
+
+def test_the_memory_of_a_rolling_selection_holds_still(pruned_folder):
+    pruning = dataclasses.replace(ROLLING, compact_megabytes=0.1).to_dict()
+    with engine(pruned_folder, pruning=pruning, max_num_batched_tokens=300) as llm:
+        places = []
+        for _ in range(2):
+            assert [len(made) for made in tokens(generate(llm, IDS[:32, :40]))] == [8] * 32
+            held = [*selections_on(steps_of(llm)).all()]
+            places.append([selection.kept.data_ptr() for selection in held])
+        assert places[0] == places[1]
+        assert [selection.compacts for selection in held] == [True, False]

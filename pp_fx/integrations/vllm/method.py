@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, get_args
 
@@ -186,6 +187,15 @@ class PpFxConfig(QuantizationConfig):
             for mlp in self.mlps.values():
                 if mlp.state.prunes:
                     mlp.select_by_history()
+        self._limit_compact()
         layers = len(self.ratios)
         kept = sum(mlp.state.kept_units / mlp.channels for mlp in self.mlps.values())
         self.steps.share = (layers - len(self.mlps) + kept) / layers
+
+    def _limit_compact(self) -> None:
+        """MLPs from the first layer on may hold compact weights, up to `compact_megabytes`."""
+        left = math.inf if self.settings.compact_megabytes is None else self.settings.compact_megabytes * 2**20
+        for mlp in self.mlps.values():
+            size = mlp.compact_bytes
+            mlp.state.holds_compact = mlp.state.holds_compact and size <= left
+            left -= size if mlp.state.holds_compact else 0

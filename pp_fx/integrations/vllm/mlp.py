@@ -22,11 +22,12 @@ from ...kernels.coded import encode
 from ...process_settings import own_defaults
 from ...rewrite.widths import kept_units, step_units
 from ...runtime.compensate import compensate
-from ...runtime.gather import gather_columns
+from ...runtime.gather import gather_columns, gather_rows
 from ...runtime.history import update_history
 from ...runtime.names import STEP
-from ...runtime.plan import LayerInfo, Plan, plan_call
+from ...runtime.plan import LayerInfo, Plan, lasting_tokens, plan_call
 from ...runtime.probe import choose_rows, probe_state, take_rows
+from ...runtime.rolling import adopt, roll
 from ...runtime.select import choose_units, unit_scores
 from ...runtime.selections import Selection
 from ...runtime.state import GroupState
@@ -118,6 +119,11 @@ class PrunedMlp:
             self.state.refresh(self._output, None, gate)
         self.ready = True
 
+    @property
+    def compact_bytes(self) -> float:
+        """Of the weights of one selection."""
+        return (self._inputs.nbytes + self._output.nbytes) * self.state.kept_units / self.channels
+
     @own_defaults()
     def select_by_history(self) -> None:
         """Choose once and for all, and hold the compact weights (`freeze_history=True` or `probe=None`).
@@ -125,9 +131,8 @@ class PrunedMlp:
         Raises:
             StateError: there is no calibrated history.
         """
-        settings = self.settings
-        tokens = max(settings.compensation_min_tokens or 0, settings.min_select_tokens)  # the choice is made once
-        plan = _plan(tokens, settings)
+        cache: Any = None
+        plan = Plan((1, lasting_tokens(self.settings)), self.settings, True, False, cache, {})
         selection = choose_units(self.state, None, plan, self._layer)
         assert selection is not None
         made = compensate(self.state, selection, None, None, self._output, plan)
@@ -151,13 +156,14 @@ class PrunedMlp:
         """
         step = self.steps.present(x)
         plan = plan_call(self._layer, x[None], None, {STEP: step})
-        decoded = gated_step(self.state, plan, x, *self._parts(bias), self._output, None)
+        if self._held is None:
+            roll(self.state, plan, self._layer, x[None], (), self._output)
         if step.prompts is None or step.others is None:
-            self._result = self._prompts(x, bias, plan) if decoded is None else decoded
+            self._result = self._prompts(x, bias, plan) if step.decode == "dense" else self._others(x, bias, plan)
         else:
             out = x.new_empty(x.shape[0], self.hidden)
             out[step.prompts] = self._prompts(x.index_select(0, step.prompts), bias, plan)
-            out[step.others] = self._dense(x.index_select(0, step.others), bias) if decoded is None else decoded
+            out[step.others] = self._others(x, bias, plan)
             self._result = out
         if self._compared:
             return x.new_zeros(x.shape[0], 2 * SAMPLE)
@@ -197,8 +203,7 @@ class PrunedMlp:
         if not plan.selects or not self.state.prunes:
             return self._dense(x, bias)
         if self._held is not None:
-            _, inputs, bias, output, vector = self._held
-            return F.linear(self.activation(F.linear(x, inputs, bias)), output, vector)
+            return self._by_history(x)
         batch, state = x[None], self.state
         rows = choose_rows(state, batch, None, plan)
         z = probe_state(state, (take_rows(batch, rows),), ())
@@ -212,7 +217,36 @@ class PrunedMlp:
             state, batch_ran, selection, real=None, probe=z, rows=rows, gram=None, residual=batch, weight=self._output,
             plan=plan,
         )  # fmt: skip
+        adopt(state, plan, self._layer, selection, made, self._output)
         return out
+
+    def _others(self, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+        """[D, H] of the step's tokens that decode, and padding: by `decode`."""
+        step = plan.engine
+        assert step is not None
+        chosen = gated_step(self.state, plan, x, *self._parts(bias), self._output, None)
+        if chosen is not None:
+            return chosen
+        if step.others is not None:
+            x = x.index_select(0, step.others)
+        if step.decode != "rolling" or not self.state.prunes:
+            return self._dense(x, bias)
+        if self._held is not None:
+            return self._by_history(x)
+        selection = plan.stored.get("mlp")
+        if selection is None:
+            return self._dense(x, bias)
+        middle = self.channels
+        layout = (0, (0, middle, 1)), (0, (middle, 2 * middle, 1))
+        gate_up = gather_rows(selection, x, (self._inputs,), (bias,), layout, 2)
+        ran = self.activation(torch.cat(gate_up, -1))  # type: ignore[arg-type]
+        return gather_columns(selection, ran, self._output, None, compensation=selection.compensation)
+
+    def _by_history(self, x: Tensor) -> Tensor:
+        """[N, H] of any tokens over what the history has chosen once and for all."""
+        assert self._held is not None
+        _, inputs, bias, output, vector = self._held
+        return F.linear(self.activation(F.linear(x, inputs, bias)), output, vector)
 
     def _kept_inputs(self, x: Tensor, selection: Selection) -> Tensor:
         """Gate over up of the kept channels: [P, H] -> [P, 2k]."""
@@ -239,9 +273,3 @@ class PrunedMlp:
     def _probe(self, state: GroupState, x: Tensor) -> Tensor:
         """The intermediate state of the probe's rows: [1, T', H] -> [1, T', C]."""
         return self.activation(F.linear(x, self._inputs, self._bias))
-
-
-def _plan(tokens: int, settings: ProbePruningConfig) -> Plan:
-    """Of a step that selects from so many tokens."""
-    cache: Any = None
-    return Plan((1, tokens), settings, True, False, cache, {})

@@ -52,12 +52,15 @@ def check_engine(engine: Any, config: ProbePruningConfig) -> None:
         ConfigError: it does not go together with pruning.
         UnsupportedModelError: a model of more than text.
     """
+    graphs = engine.compilation_config.cudagraph_mode
+    recorded = config.decode == "rolling" and graphs is not None and graphs.has_full_cudagraphs()
     for name, found, remedy in (
         ("enable_lora", engine.lora_config is not None, "merge the adapters into the weights"),
         ("speculative_config", engine.speculative_config is not None, "leave it out"),
         ("pipeline_parallel_size", engine.parallel_config.pipeline_parallel_size > 1, "use tensor_parallel_size"),
         ("enable_dbo", engine.parallel_config.enable_dbo, "leave it out"),
         ("enable_expert_parallel", engine.parallel_config.enable_expert_parallel, "leave it out"),
+        (f"cudagraph_mode={graphs} with decode='rolling', whose steps decide,", recorded, "set it to PIECEWISE"),
     ):
         if found:
             raise ConfigError(f"{name} does not go together with quantization='pp_fx'; {remedy}")

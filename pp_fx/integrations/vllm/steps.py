@@ -20,7 +20,7 @@ _LOG_SECONDS = 10.0
 
 
 class Steps:
-    """Plans every step once, for all layers.
+    """Plans every step once, for all layers; with decode="rolling" the selections lie on it.
 
     Attributes:
         share: of the model's MLP channels that pruned tokens run.
@@ -57,7 +57,7 @@ class Steps:
         starts = next((m.query_start_loc for m in metadata.values() if hasattr(m, "query_start_loc")), None)
         if starts is None:
             raise UnsupportedModelError("no attention layer of this model says where requests begin (query_start_loc)")
-        step = plan_step(starts.tolist(), x.shape[0], self.settings)
+        step = plan_step(starts.tolist(), x.shape[0], self.settings, self)
         self._count(step, x.shape[0])
         return step.to(x.device)
 
