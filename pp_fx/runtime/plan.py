@@ -138,16 +138,8 @@ def _plan_step(shape: tuple[int, int], layer: LayerInfo, step: EngineStep) -> Pl
     if not step.prunes and step.decode == "dense":
         return Plan(shape, settings, False, False, cache, {})
     tokens = shape[1] if step.prompts is None else step.prompts.shape[0]
-    steps, stored = step.decode == "step", {} if step.cache is None else _rolling(layer, step.cache)
+    steps, stored = step.decode == "step", _stored(layer, selections_on(step.cache))
     return Plan((1, tokens), settings, step.prunes, False, cache, stored, steps=steps, engine=step, once=once)
-
-
-def _rolling(layer: LayerInfo, cache: Any) -> dict[str, Selection]:
-    """What an engine's decoding tokens read of this layer, by group kind; a first choice is added where it lies."""
-    groups = put_selections(cache, layer.owner).layers.setdefault(layer.index, {})
-    if any(selection.version != layer.version for selection in groups.values()):
-        groups.clear()
-    return groups
 
 
 _RESET = (

@@ -41,7 +41,7 @@ def roll(
     if step is None or step.decode != "rolling" or not state.prunes:
         return plan
     if state.kind not in plan.stored and state.calibrated:
-        _choose(state, plan, layer, None, None, weight, lasting_tokens(plan.settings))
+        plan = _choose(state, plan, layer, None, None, weight, lasting_tokens(plan.settings))
     if plan.once:
         return plan
     rows = residual if step.others is None else residual.index_select(1, step.others)
@@ -50,18 +50,19 @@ def roll(
     if step.reprobes:
         every = ProbeRows(None, torch.arange(size, device=window.device), None)
         z = probe_state(state, (window,), parameters)
-        _choose(state, plan, layer, z, every, weight, size)
+        plan = _choose(state, plan, layer, z, every, weight, size)
     return plan
 
 
 def _choose(
     state: GroupState, plan: Plan, layer: LayerInfo, z: Tensor | None, rows: ProbeRows | None, weight: Tensor,
     tokens: int,
-) -> None:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Choose from the probe's state [1, T', C], or from the history; what is there may stay (`drift_threshold`)."""
     own = _own(state, plan, tokens)
     selection = choose_units(state, unit_scores(state, z, rows, None, own), own, layer)
     compensate(state, selection, z, rows, weight, own)
+    return _with(plan, state, selection)
 
 
 def adopt(
@@ -91,7 +92,7 @@ def adopt(
     made.read_weights(state.holds_compact, False)
     if compensation is not None:
         made.compensate(compensation, is_plain(weight))
-    return plan
+    return _with(plan, state, made)
 
 
 def _own(state: GroupState, plan: Plan, tokens: int) -> Plan:
@@ -99,3 +100,8 @@ def _own(state: GroupState, plan: Plan, tokens: int) -> Plan:
     first = state.kind not in plan.stored
     cache = plan.engine.cache  # type: ignore[union-attr]
     return Plan((1, tokens), plan.settings, first, not first, cache, plan.stored, keeps=True)
+
+
+def _with(plan: Plan, state: GroupState, selection: Selection | None) -> Plan:
+    assert selection is not None
+    return plan._replace(stored={**plan.stored, state.kind: selection})

@@ -161,8 +161,8 @@ class Selections:
             where the configuration re-probes.
         given: the cache came from the caller, so that decoding may follow: prompts keep compact weights. A cache that
             a plain forward makes for itself holds indices alone until a decode step wants more.
-        batch, age: samples of the last call, and tokens decoded since the last probe; counted only where the
-            configuration re-probes.
+        batch, age: samples of the last call, and tokens decoded (in an engine: steps that decoded) since the last
+            probe; counted only where the configuration re-probes.
         reprobes: whether the present call re-probes.
         reserved: the batch size that `reserve` made it for, or None.
     """

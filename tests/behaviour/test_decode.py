@@ -235,3 +235,25 @@ def test_settings_that_exclude_each_other_are_refused():
         pp_fx.ProbePruningConfig(decode="dense", drift_threshold=0.5)
     with pytest.raises(ConfigError, match="history='position'"):
         pp_fx.ProbePruningConfig(decode="probe", history="position")
+    with pytest.raises(ConfigError, match="history='position'"):
+        pp_fx.ProbePruningConfig(decode="rolling", history="position")
+    with pytest.raises(ConfigError, match="would have nothing to probe"):
+        pp_fx.ProbePruningConfig(decode="rolling", probe=None, drift_threshold=0.5)
+    assert not pp_fx.ProbePruningConfig(decode="rolling", probe=None).reprobes
+
+
+def test_rolling_is_probe_with_a_threshold_if_it_has_one(ids):
+    """Of a generation; in an engine it is something else (test_engine_decoding.py)."""
+    tokens = torch.cat([ids, ids.flip(1)[:, :8]], 1)
+
+    def run(**changes):
+        settings = {"mlp_ratio": 0.4, "skip_layers": 0, "round_to": 1, "reprobe_every": 4, **changes}
+        model = pp_fx.transform(tiny_llama(layers=2), pp_fx.ProbePruningConfig(**settings))
+        cache = make("dynamic", model)
+        parts = [ids, *tokens[:, ids.shape[1] :].split(1, 1)]
+        return torch.cat([call(model, part, cache) for part in parts], 1)
+
+    assert torch.equal(run(decode="rolling"), run(decode="probe"))
+    guarded = run(decode="rolling", drift_threshold=0.0)
+    assert torch.equal(guarded, run(decode="sticky", drift_threshold=0.0))
+    assert not torch.equal(guarded, run(decode="rolling"))

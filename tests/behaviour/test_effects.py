@@ -13,6 +13,7 @@ from pp_fx.rewrite.layer import compile_graph, layers_of
 from pp_fx.runtime import model_calls, shard_sum
 from pp_fx.runtime.selections import selections_on
 from pp_fx.runtime.state import states_of
+from tests.helpers.continuous import serve
 from tests.helpers.families import VOCABULARY, build
 from tests.helpers.zeroed import transformed
 
@@ -55,23 +56,43 @@ def state(model, cache):
         return mark(vars(value)) if type(value).__module__.startswith("pp_fx") else repr(value)
 
     history = [buffer for layer in layers_of(model) for s in layer.states().values() for buffer in s.history().values()]
-    held = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    layers = getattr(cache, "layers", ())  # of an engine's pages none are looked at
+    held = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     return mark(history), mark(held), mark(selections_on(cache))
 
 
-def writers(model, own):
+def writers_of_generation(model, own):
     """Names of the functions that the graphs call and that wrote, in a prompt and its decode steps.
 
     `own`: the prompt ran before, on a cache that the model made itself; decoding then asks for compact weights.
     """
     with torch.no_grad():
-        cache, found = model(IDS).past_key_values if own else DynamicCache(config=model.config), set()
+        cache = model(IDS).past_key_values if own else DynamicCache(config=model.config)
+
+    def run():
+        with torch.no_grad():
+            for part in (*[IDS] * (not own), *IDS[:, :6].split(1, 1)):
+                model(part, past_key_values=cache)
+
+    return writers(model, run, lambda: cache)
+
+
+def writers_of_an_engine(model):
+    """Likewise under continuous batching, of what lies with the pages."""
+    pages = []
+    model.model.register_forward_pre_hook(lambda m, args, kwargs: pages.append(kwargs["cache"]), with_kwargs=True)
+    wanted = [([7], 9), (IDS[0].tolist(), 6)]
+    return writers(model, lambda: serve(model, wanted), lambda: pages[-1])
+
+
+def writers(model, run, cache):
+    found = set()
 
     def watched(name, function):
         def call(*args, **kwargs):
-            before = state(model, cache)
+            before = state(model, cache())
             result = function(*args, **kwargs)
-            if state(model, cache) != before:
+            if state(model, cache()) != before:
                 found.add(name)
             return result
 
@@ -86,9 +107,7 @@ def writers(model, own):
                     undo.append((namespace, name, value))
                     namespace[name] = watched(node.target.__name__, value)
     try:
-        with torch.no_grad():
-            for part in (*[IDS] * (not own), *IDS[:, :6].split(1, 1)):
-                model(part, past_key_values=cache)
+        run()
     finally:
         for namespace, name, value in undo:
             namespace[name] = value
@@ -99,8 +118,10 @@ def test_whatever_writes_is_declared_and_whatever_is_declared_writes():
     found = set()
     for family in FAMILIES:
         for changes in CONFIGS.values():
-            found |= writers(pruned(family, changes), own=False)
-        found |= writers(pruned(family, {}), own=True)
+            found |= writers_of_generation(pruned(family, changes), own=False)
+        found |= writers_of_generation(pruned(family, {}), own=True)
+    rolling = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=0, decode="rolling", reprobe_every=3)
+    found |= writers_of_an_engine(transformed(build("Llama"), rolling))
     # attention gives its weights to hooks, which nothing of the state shows; shards are summed in the output's memory
     others = {model_calls.attention, model_calls.pruned_attention, shard_sum.sum_of_shards}
     assert found == {f.__name__ for f in BlockGraph.effects - others}

@@ -92,6 +92,9 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(exported, tmp_path):
     config = pp_fx.ProbePruningConfig(skip_layers=1, decode="sticky", drift_threshold=0.5)
     with pytest.raises(ExportError, match="drift_threshold"):
         pp_fx.export.onnx(pruned(tiny_llama(), config, False), tmp_path / "new")
+    config = pp_fx.ProbePruningConfig(skip_layers=1, decode="rolling")
+    with pytest.raises(ExportError, match="decode='rolling'"):
+        pp_fx.export.onnx(pruned(tiny_llama(), config, False), tmp_path / "new")
     with pytest.raises(ExportError, match="bfloat16"):
         pp_fx.export.onnx(pruned(tiny_llama()).bfloat16(), tmp_path / "new")
     with pytest.raises(ExportError, match=r"pp_fx\.json"):

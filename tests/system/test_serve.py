@@ -75,7 +75,7 @@ def test_a_saved_folder_keeps_its_own(started, saved_folder, capsys):
     ("changes", "message"),
     [
         ({"attention_ratio": 0.2}, "continuous batching prunes channels of MLPs alone"),
-        ({"decode": "sticky"}, "set 'auto' or 'dense'"),
+        ({"decode": "sticky"}, "set one of 'auto', 'dense', 'step'"),
         ({"freeze_history": True}, "selects by the history alone"),
     ],
 )

@@ -80,13 +80,13 @@ def test_a_frozen_history_decodes_independently(tmp_path):
     with engine(str(tmp_path), max_num_batched_tokens=256) as llm:
         alone = [tokens(generate(llm, [row]))[0] for row in rows]
         assert tokens(generate(llm, rows)) == alone
-        assert selections_on(steps_of(llm)) is None
+        assert selections_on(steps_of(llm)) is None  # the compact weights of prompts serve them, too
     model = calibrated(dataclasses.replace(ROLLING, freeze_history=True))
     assert alone == [found for found, _ in serve(model, [(row, 8) for row in rows], together=False)]
 
 
 def test_the_memory_of_a_rolling_selection_holds_still(pruned_folder):
-    pruning = dataclasses.replace(ROLLING, compact_megabytes=0.1).to_dict()
+    pruning = dataclasses.replace(ROLLING, compact_megabytes=0.15).to_dict()
     with engine(pruned_folder, pruning=pruning, max_num_batched_tokens=300) as llm:
         places = []
         for _ in range(2):

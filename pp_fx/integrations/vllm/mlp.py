@@ -157,14 +157,16 @@ class PrunedMlp:
         step = self.steps.present(x)
         plan = plan_call(self._layer, x[None], None, {STEP: step})
         if self._held is None:
-            roll(self.state, plan, self._layer, x[None], (), self._output)
-        if step.prompts is None or step.others is None:
-            self._result = self._prompts(x, bias, plan) if step.decode == "dense" else self._others(x, bias, plan)
-        else:
+            plan = roll(self.state, plan, self._layer, x[None], (), self._output)
+        if step.prompts is not None and step.others is not None:
             out = x.new_empty(x.shape[0], self.hidden)
-            out[step.prompts] = self._prompts(x.index_select(0, step.prompts), bias, plan)
+            out[step.prompts], plan = self._prompts(x.index_select(0, step.prompts), bias, plan)
             out[step.others] = self._others(x, bias, plan)
             self._result = out
+        elif step.decode == "dense":
+            self._result, _ = self._prompts(x, bias, plan)
+        else:
+            self._result = self._others(x, bias, plan)
         if self._compared:
             return x.new_zeros(x.shape[0], 2 * SAMPLE)
         rows = torch.arange(SAMPLE, device=x.device)
@@ -198,12 +200,15 @@ class PrunedMlp:
     def _dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.dense_output(self.activation(self.dense_inputs(x, bias)))
 
-    def _prompts(self, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-        """[P, H] of prompt tokens over the channels that they, or the history, choose; in small steps over all."""
+    def _prompts(self, x: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Plan]:
+        """[P, H] of prompt tokens over the channels that they, or the history, choose; in small steps over all.
+
+        And the plan, with what decoding reads among its `stored`.
+        """
         if not plan.selects or not self.state.prunes:
-            return self._dense(x, bias)
+            return self._dense(x, bias), plan
         if self._held is not None:
-            return self._by_history(x)
+            return self._by_history(x), plan
         batch, state = x[None], self.state
         rows = choose_rows(state, batch, None, plan)
         z = probe_state(state, (take_rows(batch, rows),), ())
@@ -217,8 +222,7 @@ class PrunedMlp:
             state, batch_ran, selection, real=None, probe=z, rows=rows, gram=None, residual=batch, weight=self._output,
             plan=plan,
         )  # fmt: skip
-        adopt(state, plan, self._layer, selection, made, self._output)
-        return out
+        return out, adopt(state, plan, self._layer, selection, made, self._output)
 
     def _others(self, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
         """[D, H] of the step's tokens that decode, and padding: by `decode`."""

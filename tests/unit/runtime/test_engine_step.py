@@ -53,6 +53,30 @@ def test_what_selects_by_the_history_alone():
     assert not by_history(SETTINGS)
 
 
+class Engine:
+    """What lives as long as one."""
+
+
+def test_steps_that_decode_are_counted():
+    """Of a step's others those that decode come before padding."""
+    settings = pp_fx.ProbePruningConfig(min_select_tokens=8, decode="rolling", reprobe_every=3)
+    engine = Engine()
+    steps = [plan_step([0, 1, 2], 2, settings, engine), plan_step([0, 9], 9, settings, engine)]
+    steps += [plan_step([0, 1, 10, 11], 13, settings, engine) for _ in range(3)]
+    assert [step.decode for step in steps] == ["rolling", "dense", "rolling", "rolling", "rolling"]
+    assert [step.reprobes for step in steps] == [False, False, False, True, False]
+    assert [step.decoding for step in steps] == [2, 0, 2, 2, 2]
+    assert all(step.cache is engine for step in steps)
+    assert steps[-1].others.tolist() == [0, 10, 11, 12]
+    assert plan_step([0, 1], 1, settings, Engine()).reprobes is False  # another one counts for itself
+
+
+@pytest.mark.parametrize("changes", [{"freeze_history": True}, {"probe": None}])
+def test_what_the_history_alone_has_selected_is_not_probed(changes):
+    settings = pp_fx.ProbePruningConfig(decode="rolling", reprobe_every=1, **changes)
+    assert not plan_step([0, 1], 1, settings, Engine()).reprobes
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(0, 5), st.sampled_from([SETTINGS, STEP]))
 def test_every_token_has_its_place(lengths, padding, settings):
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
@@ -95,7 +119,7 @@ def test_settings_that_do_not_fit(name):
 
 
 def test_settings_that_fit():
-    for decode in ("auto", "dense", "step"):
+    for decode in ("auto", "dense", "step", "rolling"):
         check_settings(pp_fx.ProbePruningConfig(decode=decode, step_probe=None), "an engine")
     check_settings(pp_fx.ProbePruningConfig(decode="step", decode_ratio=0.4), "an engine")
     check_settings(pp_fx.ProbePruningConfig(probe=None), "an engine")
