@@ -20,7 +20,7 @@ from ..models import load_config
 from ..rewrite.engine_calls import ENGINE
 from ..runtime.engine_step import by_history, check_settings
 from .app import app
-from .options import Config, MlpRatio, Preset, SkipLayers, check_fit, read_settings
+from .options import Config, Decode, DecodeRatio, MlpRatio, Preset, SkipLayers, check_fit, read_settings
 
 ENGINES = ("vllm", "transformers")
 SELECT_TOKENS = 256
@@ -37,13 +37,15 @@ def serve(
     ),
     mlp_ratio: MlpRatio = None,
     skip_layers: SkipLayers = None,
+    decode: Decode = None,
+    decode_ratio: DecodeRatio = None,
     preset: Preset = "default",
     config: Config = None,
 ) -> None:
     """Serve MODEL, pruned: an OpenAI API on http://localhost:8000/v1.
 
-    Prompts are pruned, decoding runs dense. All other options go to `vllm serve` or `transformers serve` as they are
-    (--port 8080, --max-model-len 4096, --cb-num-blocks 256, ..).
+    Prompts are pruned; decoding runs dense, or by --decode step or rolling. All other options go to
+    `vllm serve` or `transformers serve` as they are (--port 8080, --max-model-len 4096, --cb-num-blocks 256, ..).
     """
     check_choice("engine", engine, ENGINES)
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -57,12 +59,14 @@ def serve(
         )
     saved, settings = saved_settings(load_config(model)), None
     if saved is None:
-        settings = read_settings(preset, config, mlp_ratio, None, skip_layers)
+        settings = read_settings(preset, config, mlp_ratio, None, skip_layers, decode, decode_ratio)
         check_fit(settings, model)
         if config is None:
             settings = dataclasses.replace(settings, min_select_tokens=SELECT_TOKENS)
-    elif (mlp_ratio, skip_layers, preset, config) != (None, None, "default", None):
-        raise InputError(f"model={model!r} is saved with its own pruning; leave ratio, layers, preset and config out")
+    elif (mlp_ratio, skip_layers, decode, decode_ratio, preset, config) != (None, None, None, None, "default", None):
+        raise InputError(
+            f"model={model!r} is saved with its own pruning; leave ratios, layers, decode, preset and config out"
+        )
     command = _vllm(model, settings) if engine == "vllm" else _transformers(model, settings, saved)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", *command, *context.args])

@@ -13,6 +13,7 @@ from pp_fx import layouts
 from pp_fx.cache import compact_bytes, selections_on
 from pp_fx.kernels import strongest
 from pp_fx.rewrite.layer import layers_of
+from tests.helpers.continuous import one_by_one, serve
 from tests.helpers.families import build
 from tests.helpers.models import tiny_llama
 from tests.helpers.quantized import QUANTIZATIONS, quantized
@@ -227,3 +228,15 @@ def test_copies_and_state_dicts(name, tmp_path):
     pp_fx.calibrate(other, IDS, progress=False)
     with torch.no_grad():
         torch.testing.assert_close(other(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["int8", pytest.param("float8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("decode", "alike"), [("rolling", "sticky"), ("step", "step")])
+def test_an_engine_decodes_as_generate(name, decode, alike):
+    """A frozen history keeps one selection for ever, as a generation does."""
+    fields = {"mlp_ratio": 0.4, "skip_layers": 1, "round_to": 16, "probe": None, "mlp_compensation": "mean"}
+    wanted, models = [(IDS[0, : 32 + n].tolist(), 6) for n in (0, 5, 9)], []
+    for one in (decode, alike):
+        model = pp_fx.transform(quantized(tiny_llama(), name), pp_fx.ProbePruningConfig(**fields, decode=one))
+        models.append(pp_fx.calibrate(model, IDS[:, :40], progress=False))
+    assert [tokens for tokens, _ in serve(models[0], wanted)] == one_by_one(models[1], wanted)

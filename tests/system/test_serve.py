@@ -58,9 +58,17 @@ def test_a_dense_folder_gets_the_settings(started, dense_folder):
     assert command[1:3] == ["-m", "pp_fx.cli.transformers_server"]
     settings = json.loads(command[3])
     assert (settings["mlp_ratio"], settings["skip_layers"], settings["min_select_tokens"]) == (0.1, 1, 256)
+    assert (settings["decode"], settings["decode_ratio"]) == ("auto", None)
     assert command[4:6] == ["serve", dense_folder]
     assert {"--continuous-batching", "--no-cb-use-cuda-graph"} <= {*command}
     assert command[-2:] == ["--port", "9"]
+
+
+@needs_server
+def test_how_it_decodes(started, dense_folder):
+    options = ("--skip-layers", "1", "--decode", "step", "--decode-ratio", "0.3")
+    settings = json.loads(started(dense_folder, "--engine", "transformers", *options)[3])
+    assert (settings["decode"], settings["decode_ratio"]) == ("step", 0.3)
 
 
 @needs_server
