@@ -2,12 +2,15 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 pytest.importorskip("vllm", reason="needs vLLM; `make vllm` makes an environment with it")
+
+from vllm.config import CUDAGraphMode
 
 from pp_fx.errors import ConfigError, RequirementError
 from pp_fx.integrations.vllm import refusals
@@ -114,3 +117,22 @@ def test_a_shard_of_a_history(pruned_folder):
             assert torch.equal(state.directions, full.directions[:, rank * 96 : (rank + 1) * 96])
     with pytest.raises(StateError, match="the model's is"):
         load_states(states, f"{pruned_folder}/pp_fx_history.safetensors", (0, 5))
+
+
+def test_recorded_steps_would_not_roll():
+    """As on a GPU, where vLLM records whole decode steps unless it is told otherwise."""
+    parallel = SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False, enable_expert_parallel=False)
+
+    def check(decode, mode):
+        engine = SimpleNamespace(
+            lora_config=None, speculative_config=None, parallel_config=parallel,
+            model_config=SimpleNamespace(is_multimodal_model=False),
+            compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        )  # fmt: skip
+        refusals.check_engine(engine, dataclasses.replace(SETTINGS, decode=decode))
+
+    with pytest.raises(ConfigError, match=r"whose steps decide, does not go together.*set it to PIECEWISE"):
+        check("rolling", CUDAGraphMode.FULL_AND_PIECEWISE)
+    check("rolling", CUDAGraphMode.PIECEWISE)
+    check("rolling", None)
+    check("step", CUDAGraphMode.FULL_AND_PIECEWISE)
