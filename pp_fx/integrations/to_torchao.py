@@ -54,7 +54,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
             raise UnsupportedModelError(f"{name} {reason}")
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.itemsize > 1), torch.float32)
     for name, module, how in packed:
-        made = _linear(module, _weight(how.numbers(module), dtype))
+        made = _linear(module, as_torchao(how.numbers(module), dtype))
         model.set_submodule(name, made)
     _forget(model)
     return model
@@ -67,8 +67,13 @@ def _linear(module: Any, weight: Tensor) -> nn.Linear:
     return made.train(module.training)
 
 
-def _weight(numbers: Numbers, dtype: torch.dtype) -> Tensor:
-    """torchao's tensor of these numbers: the one that it makes of zeros of that shape, with its parts exchanged."""
+def as_torchao(numbers: Numbers, dtype: torch.dtype) -> Tensor:
+    """torchao's tensor of these numbers: the one that it makes of zeros of that shape, with its parts exchanged.
+
+    Args:
+        numbers: of a weight [out, in].
+        dtype: of what it is multiplied with.
+    """
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,

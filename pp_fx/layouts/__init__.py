@@ -3,6 +3,7 @@
 from .layout import (
     Codes,
     Layout,
+    by_columns,
     codes_of,
     is_plain,
     layout_of,
@@ -21,6 +22,7 @@ __all__ = [
     "Layout",
     "ScaledGroups",
     "ScaledRows",
+    "by_columns",
     "codes_of",
     "is_plain",
     "layout_of",

@@ -45,6 +45,11 @@ class Layout(ABC):
     def columns(self, weight: Any, index: Tensor) -> Tensor:
         """weight[:, index]: of the weight's class, or an ordinary tensor where columns share their scales."""
 
+    def by_columns(self, weight: Any) -> Tensor:
+        """The same weight, its columns contiguous in memory where they can be taken as they lie."""
+        found: Tensor = weight
+        return found
+
     def codes(self, weight: Any) -> Codes | None:
         """What native kernels read, or None where there are none for this weight."""
         return None
@@ -86,6 +91,11 @@ def take_rows(weight: Tensor, index: Tensor) -> Tensor:
 def take_columns(weight: Tensor, index: Tensor) -> Tensor:
     """Columns of a quantized weight [out, in], index int64 [k]: [out, k], of its class or an ordinary tensor."""
     return _of(weight).columns(weight, index)
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """A weight [out, in] of which columns are to be taken, transposed in memory."""
+    return weight.t().contiguous().t() if is_plain(weight) else _of(weight).by_columns(weight)
 
 
 @_in_graph

@@ -48,6 +48,10 @@ class ScaledRows(Layout):
         made: Tensor = rebuilt(weight, **parts)
         return made
 
+    def by_columns(self, weight: Any) -> Tensor:
+        made: Tensor = rebuilt(weight, qdata=weight.qdata.t().contiguous().t())
+        return made
+
     def codes(self, weight: Any) -> Codes | None:
         if weight.qdata.dtype != torch.int8 or weight.act_pre_scale is not None:
             return None

@@ -7,6 +7,7 @@ import re
 from typing import Any, get_args
 
 import torch
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
@@ -23,17 +24,20 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ...calibration.history_file import HISTORY_FILE, load_states
 from ...config import Kind, ProbePruningConfig
 from ...errors import StateError, UnsupportedModelError
-from ...runtime.engine_step import by_history
+from ...runtime.engine_step import by_history, check_settings
 from ...runtime.state import HISTORY_BUFFERS
 from ..hf_config import METHOD, SETTINGS, ProbePruningHfConfig
 from .linears import DownMethod, GateUpMethod
 from .mlp import PrunedMlp
 from .operators import OPERATORS
-from .refusals import check_engine, check_settings, check_version
+from .quantized import inner_config
+from .refusals import check_engine, check_version
 from .steps import Steps
 
 _HISTORY = re.compile(rf"^\d+\.({'|'.join(get_args(Kind))})\.({'|'.join(HISTORY_BUFFERS)})$")
 """Names of tensors in a history file."""
+_ENGINE = ("vLLM", " in config.json")
+"""For messages."""
 
 
 class PpFxConfig(QuantizationConfig):
@@ -51,10 +55,12 @@ class PpFxConfig(QuantizationConfig):
     """
 
     def __init__(self, given: ProbePruningHfConfig | None = None) -> None:
+        self._inner: QuantizationConfig | None = None
         super().__init__()
         check_version()
         if given is not None:
-            check_settings(given)
+            check_settings(given.config, *_ENGINE)
+            self._inner = inner_config(given.quantization)
         self.given = given
         self.mlps: dict[str, PrunedMlp] = {}
         self._engine: Any = None
@@ -62,8 +68,38 @@ class PpFxConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PpFxConfig:
-        """Of `quantization_config` in config.json or `hf_overrides`: fields of ProbePruningHfConfig."""
-        return cls(ProbePruningHfConfig(**config))
+        """Of `quantization_config` in config.json or `hf_overrides`: fields of ProbePruningHfConfig.
+
+        Those of another method are of quantized weights, whose pruning's settings lie beside them, or are the default.
+        """
+        if config.get("quant_method", METHOD) == METHOD:
+            return cls(ProbePruningHfConfig(**config))
+        made = cls()
+        made._inner = inner_config(AutoQuantizationConfig.from_dict(config))
+        return made
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """`quantization="pp_fx"` goes together with weights that another method has quantized."""
+        return METHOD if user_quant == METHOD else None
+
+    @property
+    def packed_modules_mapping(self) -> dict[str, list[str]]:
+        """vLLM's merged layers and what a checkpoint calls their parts; the inner method matches names by it."""
+        return self._packed
+
+    @packed_modules_mapping.setter
+    def packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
+        self._packed = mapping
+        if self._inner is not None:
+            self._inner.packed_modules_mapping = mapping
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Names of the inner method's modules as vLLM has them."""
+        if self._inner is not None:
+            self._inner.apply_vllm_mapper(hf_to_vllm_mapper)
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -96,22 +132,24 @@ class PpFxConfig(QuantizationConfig):
         """
         if isinstance(layer, RoutedExperts):
             raise UnsupportedModelError(f"{prefix} routes to experts, which are not pruned; leave quantization out")
-        if not isinstance(layer, LinearBase):
-            return None
         if self._engine is None:
             self._begin(get_current_vllm_config())
+        own = None if self._inner is None else self._inner.get_quant_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return own
+        own = own or UnquantizedLinearMethod()
         index = next((int(part) for part in prefix.split(".") if part.isdigit()), None)
         if index is None or not (self.ratios[index] or self.stepped[index]):
-            return UnquantizedLinearMethod()
+            return own
         if self._last not in (None, index):
             self._check_found(self._last)  # type: ignore[arg-type]
         self._last = index
         parent = prefix.rpartition(".")[0]
         if isinstance(layer, MergedColumnParallelLinear):
-            return GateUpMethod(self._mlp(parent, index))
+            return GateUpMethod(self._mlp(parent, index), own)
         if isinstance(layer, RowParallelLinear) and parent in self.mlps:
-            return DownMethod(self.mlps[parent])
-        return UnquantizedLinearMethod()
+            return DownMethod(self.mlps[parent], own)
+        return own
 
     def _begin(self, engine: Any) -> None:
         """The settings, checked against the model and the engine."""
@@ -119,8 +157,10 @@ class PpFxConfig(QuantizationConfig):
         where = {"revision": model.revision, "cache_dir": engine.load_config.download_dir}
         if self.given is None:
             self.given = ProbePruningHfConfig.find(model.model, **where) or ProbePruningHfConfig()
-            check_settings(self.given)
+            check_settings(self.given.config, *_ENGINE)
         check_engine(engine, self.given.config)
+        if getattr(self._inner, "is_checkpoint_torchao_serialized", False):  # vLLM asks for the method by its name
+            engine.load_config.safetensors_load_strategy = "torchao"
         self.settings: ProbePruningConfig = self.given.config.on(engine.device_config.device_type)
         text = model.hf_text_config
         self.ratios = self.settings.layer_ratios("mlp_ratio", text.num_hidden_layers)

