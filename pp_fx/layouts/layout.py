@@ -38,8 +38,8 @@ class Layout(ABC):
         """Why rows and columns of this one cannot be taken, with the remedy; None where they can."""
 
     @abstractmethod
-    def rows(self, weight: Any, index: Tensor) -> Tensor:
-        """weight[index], of the weight's class."""
+    def rows(self, weight: Any, index: Tensor | slice) -> Tensor:
+        """weight[index], of the weight's class; of a slice, views."""
 
     @abstractmethod
     def columns(self, weight: Any, index: Tensor) -> Tensor:
@@ -85,6 +85,19 @@ def _in_graph(function: _Function) -> _Function:
 def take_rows(weight: Tensor, index: Tensor) -> Tensor:
     """Rows of a quantized weight [out, in], index int64 [k]: [k, in], of its class."""
     return _of(weight).rows(weight, index)
+
+
+@_in_graph
+def _range(weight: Tensor, *rows: int) -> Tensor:
+    return _of(weight).rows(weight, slice(*rows))
+
+
+def row_range(weight: Tensor, rows: tuple[int, int, int]) -> Tensor:
+    """weight[start:stop:step] of a weight [out, in], plain or quantized, of its class: a view.
+
+    torchao's tensors cannot be sliced under `torch.inference_mode`, so their parts are.
+    """
+    return weight[slice(*rows)] if is_plain(weight) else _range(weight, *rows)
 
 
 @_in_graph

@@ -23,8 +23,9 @@ class ScaledGroups(Layout):
             )
         return None
 
-    def rows(self, weight: Any, index: Tensor) -> Tensor:
-        parts = {name: getattr(weight, name).index_select(0, index) for name in ("qdata", "scale", "zero_point")}
+    def rows(self, weight: Any, index: Tensor | slice) -> Tensor:
+        parts = {name: getattr(weight, name) for name in ("qdata", "scale", "zero_point")}
+        parts = {n: p[index] if isinstance(index, slice) else p.index_select(0, index) for n, p in parts.items()}
         made: Tensor = rebuilt(weight, **parts)
         return made
 

@@ -33,10 +33,9 @@ class ScaledRows(Layout):
             )
         return None
 
-    def rows(self, weight: Any, index: Tensor) -> Tensor:
-        parts = {"qdata": _taken(weight.qdata, index), "scale": weight.scale.index_select(0, index)}
-        if getattr(weight, "zero_point", None) is not None:
-            parts["zero_point"] = weight.zero_point.index_select(0, index)
+    def rows(self, weight: Any, index: Tensor | slice) -> Tensor:
+        names = [name for name in ("qdata", "scale", "zero_point") if getattr(weight, name, None) is not None]
+        parts = {name: _taken(getattr(weight, name), index) for name in names}
         made: Tensor = rebuilt(weight, **parts)
         return made
 
@@ -58,9 +57,11 @@ class ScaledRows(Layout):
         return Codes(weight.qdata, weight.scale.flatten().float())
 
 
-def _taken(numbers: Tensor, index: Tensor) -> Tensor:
-    """Rows of numbers of one byte; no kernel takes float8, so they go as bytes."""
-    if numbers.dtype == torch.int8:
+def _taken(numbers: Tensor, index: Tensor | slice) -> Tensor:
+    """Rows of a part; no kernel takes float8, so its numbers go as bytes."""
+    if isinstance(index, slice):
+        return numbers[index]
+    if numbers.itemsize > 1 or numbers.dtype == torch.int8:
         return numbers.index_select(0, index)
     return numbers.view(torch.uint8).index_select(0, index).view(numbers.dtype)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.packed_linear import packs
-from ..layouts import is_plain, take_columns
+from ..layouts import is_plain, row_range, take_columns
 from ..methods import Compensation
 from .compact import CompactLinear, compact_linear
 from .plan import Plan
@@ -265,7 +265,7 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: Rows, exports: bool = False
     if rows is None:
         return weight, bias
     if isinstance(rows, tuple):
-        return weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
+        return row_range(weight, rows), None if bias is None else bias[slice(*rows)]
     return kernels.kept_rows(weight, rows, exports), None if bias is None else bias.index_select(0, rows)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import strongest
 from ..kernels.coded import coded_rows
-from ..layouts import codes_of, is_plain
+from ..layouts import codes_of, is_plain, row_range
 from ..process_settings import without_autocast
 from .plan import Plan
 from .state import GroupState
@@ -145,4 +145,4 @@ def _rows(part: Part) -> tuple[Tensor, Tensor | None]:
     weight, bias, rows = part
     if rows is None:
         return weight, bias
-    return weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
+    return row_range(weight, rows), None if bias is None else bias[slice(*rows)]

@@ -58,3 +58,12 @@ def packed(model, made):
     """The model as a checkpoint of this scheme is loaded."""
     ModelCompressor.from_pretrained_model(observed(model, made)).compress_model(model)
     return model
+
+
+def save(model, made, path):
+    """A checkpoint of this scheme, as llm-compressor writes it; its folder."""
+    compressor = ModelCompressor.from_pretrained_model(observed(model, made))
+    compressor.compress_model(model)
+    model.save_pretrained(path)
+    compressor.update_config(path)
+    return str(path)

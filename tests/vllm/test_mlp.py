@@ -36,10 +36,11 @@ class Starts:
         return plan_step(self.starts, x.shape[0], self.settings, self)
 
 
-def make(settings=SETTINGS, bias=False, seed=0, stepped=0.0):
-    """A loaded MLP, its weights, and who says where requests start."""
+def make(settings=SETTINGS, bias=False, seed=0, stepped=0.0, weights=None):
+    """A loaded MLP, its weights (drawn, or gate over up [2C, H] and output [H, C]), and who says where requests start."""
     draw = torch.Generator().manual_seed(seed)
     inputs, output = torch.randn(2 * C, H, generator=draw), torch.randn(H, C, generator=draw)
+    inputs, output = weights or (inputs, output)
     first = torch.randn(2 * C, generator=draw) if bias else None
     last = torch.randn(H, generator=draw) if bias else None
     steps = Starts(settings)

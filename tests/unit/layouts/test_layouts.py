@@ -42,6 +42,27 @@ def test_rows_give_what_the_whole_gives_there(weight, data):
     assert torch.equal(layouts.widened(taken), layouts.widened(weight)[index])
 
 
+@settings(max_examples=40, deadline=None)
+@given(weights(), st.data(), st.booleans())
+def test_a_range_of_rows(weight, data, inference):
+    start, step = data.draw(st.integers(0, weight.shape[0] - 1)), data.draw(st.integers(1, 3))
+    rows = (start, data.draw(st.integers(start + 1, weight.shape[0])), step)
+    with torch.inference_mode(inference):
+        taken = layouts.row_range(weight, rows)
+        assert type(taken) is type(weight)
+        assert torch.equal(layouts.widened(taken), layouts.widened(weight)[slice(*rows)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights(), st.data())
+def test_columns_that_lie_in_memory(weight, data):
+    """The same numbers, and the same columns of them."""
+    turned, index = layouts.by_columns(weight), some(weight.shape[1], data.draw)
+    assert torch.equal(layouts.widened(turned), layouts.widened(weight))
+    taken, wanted = layouts.take_columns(turned, index), layouts.take_columns(weight, index)
+    assert torch.equal(layouts.widened(taken), layouts.widened(wanted))
+
+
 @settings(max_examples=80, deadline=None)
 @given(weights(), st.data())
 def test_columns_give_what_the_whole_gives_of_zeros_elsewhere(weight, data):
