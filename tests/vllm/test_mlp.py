@@ -37,7 +37,7 @@ class Starts:
 
 
 def make(settings=SETTINGS, bias=False, seed=0, stepped=0.0, weights=None):
-    """A loaded MLP, its weights (drawn, or gate over up [2C, H] and output [H, C]), and who says where requests start."""
+    """A loaded MLP, its weights (drawn, or gate over up and output as given), and who says where requests start."""
     draw = torch.Generator().manual_seed(seed)
     inputs, output = torch.randn(2 * C, H, generator=draw), torch.randn(H, C, generator=draw)
     inputs, output = weights or (inputs, output)

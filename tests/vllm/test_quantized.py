@@ -103,7 +103,7 @@ def test_packed_by_compressed_tensors(packed_folder):
     with engine(packed_folder, pruning=pruning) as llm:
         found = logprobs([generate(llm, IDS[i : i + 1], 1, prompt_logprobs=0)[0] for i in range(4)])
         assert steps_of(llm).pruned == 4
-    assert (found - wanted).abs().mean() < 0.2 * (wanted - dense).abs().mean()
+    assert (found - wanted).abs().mean() < (wanted - dense).abs().mean() / 3
 
 
 @pytest.mark.parametrize("rounds_inputs", [False, True])
@@ -127,16 +127,14 @@ def test_one_mlp_beside_its_rounded_weights(rounds_inputs):
     assert (found - wanted).norm() < close * wanted.norm()
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantization='bitsandbytes': vLLM prunes"),
-        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme"),
-    ],
-)
-def test_methods_that_are_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        PpFxConfig.from_config({"quant_method": "pp_fx", "quantization": fields})
+def test_methods_that_are_refused(packed_folder):
+    cache = quantization(packed_folder) | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    bits = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    for fields, message in ((bits, "quantization='bitsandbytes': vLLM prunes"), (cache, "kv_cache_scheme")):
+        with pytest.raises(ConfigError, match=message):
+            PpFxConfig.from_config({"quant_method": "pp_fx", "quantization": fields})
+        with pytest.raises(ConfigError, match=message):
+            PpFxConfig.from_config(fields)
 
 
 def test_weights_in_groups_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,15 @@ def test_a_dense_folder_gets_the_settings(started, dense_folder):
     assert found["min_select_tokens"] == 256
     assert (found["quant_method"], found["mlp_ratio"], found["skip_layers"]) == ("pp_fx", 0.1, 1)
     assert command[-2:] == ["--port", "9"]
+
+
+def test_what_quantized_the_weights_stays_known(started, dense_folder, tmp_path):
+    config = json.loads(Path(dense_folder, "config.json").read_text())
+    own = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    command = started(str(tmp_path), "--mlp-ratio", "0.1", "--skip-layers", "1")
+    found = json.loads(command[command.index("--hf-overrides") + 1])["quantization_config"]
+    assert (found["quant_method"], found["mlp_ratio"], found["quantization"]) == ("pp_fx", 0.1, own)
 
 
 def test_a_saved_folder_keeps_its_own(started, pruned_folder, capsys):

@@ -174,7 +174,9 @@ class PrunedMlp:
             return x.new_zeros(x.shape[0], 2 * SAMPLE)
         rows = torch.arange(SAMPLE, device=x.device)
         rows = torch.cat([rows, rows + self.channels])
-        sample = F.linear(x, kernels.kept_rows(self._inputs, rows), None if bias is None else bias.index_select(0, rows))
+        sample = F.linear(
+            x, kernels.kept_rows(self._inputs, rows), None if bias is None else bias.index_select(0, rows)
+        )
         self._expected = self.activation(sample)
         return sample
 
