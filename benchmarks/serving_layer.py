@@ -1,15 +1,18 @@
-"""From how many prompt tokens on a pruned step of vLLM's plug-in pays: one MLP, bf16, one thread, interleaved.
+"""From how many prompt tokens on a pruned step of vLLM's plug-in pays: one MLP, one thread, interleaved.
 
     .venv-vllm/bin/python benchmarks/serving_layer.py
 
-Dense: vLLM's own products, with the weights packed by oneDNN. Pruned: probe, history, score, gather, compensation.
+Dense: vLLM's own products, with the weights packed by oneDNN, in bf16 or as int8 with activations rounded by token
+(W8A8). Pruned: probe, history, score, gather, compensation.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,11 +22,14 @@ from torch import Tensor
 from vllm import _custom_ops
 
 import pp_fx
+from pp_fx.integrations.packed_weights import Numbers
+from pp_fx.integrations.to_torchao import as_torchao
 from pp_fx.integrations.vllm.mlp import PrunedMlp
 from pp_fx.integrations.vllm.steps import Steps
 from pp_fx.runtime.engine_step import ALL_DENSE, EngineStep
 
 SHAPES = {"SmolLM2-135M": (576, 1536), "Qwen2.5-0.5B": (896, 4864)}
+WEIGHTS = ("bf16", "int8")
 RATIOS, TOKENS, ROUNDS = (0.3, 0.6), (32, 64, 96, 128, 256, 512, 1024), 21
 
 
@@ -41,10 +47,28 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def make(hidden: int, channels: int, ratio: float) -> tuple[PrunedMlp, Given]:
+def product(weight: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    """A weight [out, in] as the plug-in keeps it, and vLLM's own product with it."""
+    if weight.dtype != torch.int8:
+        packed = _custom_ops.create_onednn_mm(weight.t(), 32)
+        return weight, lambda x, bias=None: _custom_ops.onednn_mm(packed, x, bias)
+    scales = torch.rand(weight.shape[0], 1) / 1024
+    handler = _custom_ops.create_onednn_scaled_mm(weight.t(), scales, torch.bfloat16, True, False, 32)
+
+    def run(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        codes, of_x, zero = _custom_ops.onednn_scaled_int8_quant(x, None, None, True)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        _custom_ops.onednn_scaled_mm(handler, codes, out, of_x, zero, None, bias)
+        return out
+
+    return as_torchao(Numbers(weight, scales, None, 8, True), torch.bfloat16), run
+
+
+def make(hidden: int, channels: int, ratio: float, weights: str) -> tuple[PrunedMlp, Given]:
     """A loaded MLP with random weights."""
-    inputs = torch.randn(2 * channels, hidden, dtype=torch.bfloat16) * 0.05
-    output = torch.randn(hidden, channels, dtype=torch.bfloat16) * 0.05
+    drawn = [torch.randn(2 * channels, hidden) * 0.05, torch.randn(hidden, channels) * 0.05]
+    cast = [(w * 400).round().clamp(-127, 127).to(torch.int8) if weights == "int8" else w.bfloat16() for w in drawn]
+    (inputs, dense_inputs), (output, dense_output) = map(product, cast)
     settings = pp_fx.ProbePruningConfig().on("cpu")
     steps = Given(settings)
     mlp = PrunedMlp("layer", 1, ratio, 0.0, settings, steps, silu_and_mul, False, lambda: None)
@@ -52,9 +76,7 @@ def make(hidden: int, channels: int, ratio: float) -> tuple[PrunedMlp, Given]:
     mlp.take_output(channels, [hidden])
     mlp.keep_inputs(inputs, None)
     mlp.keep_output(output)
-    packed = [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in (inputs, output)]
-    mlp.dense_inputs = lambda x, bias: _custom_ops.onednn_mm(packed[0], x, bias)
-    mlp.dense_output = lambda z: _custom_ops.onednn_mm(packed[1], z, None)
+    mlp.dense_inputs, mlp.dense_output = dense_inputs, dense_output
     return mlp, steps
 
 
@@ -76,14 +98,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for model, shape in SHAPES.items():
-        for ratio in RATIOS:
-            mlp, steps = make(*shape, ratio)
-            for tokens in TOKENS:
-                ms = milliseconds(mlp, steps, torch.randn(tokens, shape[0], dtype=torch.bfloat16))
-                rows.append({"model": model, "mlp_ratio": ratio, "tokens": tokens, "ms": ms,
-                             "ratio": ms["pruned"] / ms["dense"]})  # fmt: skip
-                print(rows[-1], flush=True)
+    for weights, (model, shape), ratio in itertools.product(WEIGHTS, SHAPES.items(), RATIOS):
+        mlp, steps = make(*shape, ratio, weights)
+        for tokens in TOKENS:
+            ms = milliseconds(mlp, steps, torch.randn(tokens, shape[0], dtype=torch.bfloat16))
+            rows.append({"model": model, "weights": weights, "mlp_ratio": ratio, "tokens": tokens, "ms": ms,
+                         "ratio": ms["pruned"] / ms["dense"]})  # fmt: skip
+            print(rows[-1], flush=True)
     write_json(options.out, {"rows": rows, "versions": {"vllm": vllm.__version__}})
 
 

@@ -13,6 +13,7 @@ from .layout import (
     stored_bytes,
     take_columns,
     take_rows,
+    unrounded,
     widened,
 )
 from .scaled_groups import ScaledGroups
@@ -33,5 +34,6 @@ __all__ = [
     "stored_bytes",
     "take_columns",
     "take_rows",
+    "unrounded",
     "widened",
 ]

@@ -50,6 +50,11 @@ class Layout(ABC):
         found: Tensor = weight
         return found
 
+    def unrounded(self, weight: Any) -> Tensor:
+        """The same weight, multiplied with activations as they are."""
+        found: Tensor = weight
+        return found
+
     def codes(self, weight: Any) -> Codes | None:
         """What native kernels read, or None where there are none for this weight."""
         return None
@@ -104,6 +109,16 @@ def row_range(weight: Tensor, rows: tuple[int, int, int]) -> Tensor:
 def take_columns(weight: Tensor, index: Tensor) -> Tensor:
     """Columns of a quantized weight [out, in], index int64 [k]: [out, k], of its class or an ordinary tensor."""
     return _of(weight).columns(weight, index)
+
+
+@_in_graph
+def _unrounded(weight: Tensor) -> Tensor:
+    return _of(weight).unrounded(weight)
+
+
+def unrounded(weight: Tensor) -> Tensor:
+    """A weight [out, in] whose product leaves the activations as they are."""
+    return weight if is_plain(weight) else _unrounded(weight)
 
 
 def by_columns(weight: Tensor) -> Tensor:

@@ -51,6 +51,13 @@ class ScaledRows(Layout):
         made: Tensor = rebuilt(weight, qdata=weight.qdata.t().contiguous().t())
         return made
 
+    def unrounded(self, weight: Any) -> Tensor:
+        if getattr(weight, "act_quant_kwargs", None) is None:
+            found: Tensor = weight
+            return found
+        made: Tensor = rebuilt(weight, act_quant_kwargs=None)
+        return made
+
     def codes(self, weight: Any) -> Codes | None:
         if weight.qdata.dtype != torch.int8 or weight.act_pre_scale is not None:
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..layouts import is_plain, take_columns, widened
+from ..layouts import is_plain, take_columns, unrounded, widened
 
 CompensationName = Literal["mean", "least_squares"]
 
@@ -85,7 +85,7 @@ def mean(weight: Tensor, known: Known, ridge: float) -> Compensation:
     dropped = _mean(known).index_fill(0, known.kept, 0).to(weight.dtype)
     # a matrix of one row goes to cuBLAS, of a vector the compiler makes a slow sum; and torchao wants a matrix
     if weight.is_cuda or not is_plain(weight):
-        return Compensation(torch.nn.functional.linear(dropped[None], weight)[0], None)
+        return Compensation(torch.nn.functional.linear(dropped[None], unrounded(weight))[0], None)
     return Compensation(torch.nn.functional.linear(dropped, weight), None)
 
 

@@ -164,7 +164,7 @@ def gather_columns(
     if compensation is not None:
         bias = compensation.vector if bias is None else bias + compensation.vector
     if selection.compacts:
-        kept = _corrected(_kept_columns(weight, selection), compensation)
+        kept = corrected(_kept_columns(weight, selection), compensation)
         return compact_linear(z, selection.hold_output(kept, bias))
     selection.settle()
     return _compensated(selection, z, weight, bias, compensation)
@@ -181,6 +181,11 @@ def _quantized_columns(
         out = compact_linear(z, selection.hold_output(take_columns(weight, selection.columns), bias))
     else:
         out = compact_linear(z, selection.output)  # type: ignore[arg-type]
+    return beside(out, z, compensation)
+
+
+def beside(out: Tensor, z: Tensor, compensation: Compensation | None) -> Tensor:
+    """An output [.., H] of the kept columns z [.., k] with a compensation that no weight has taken in."""
     if compensation is None:
         return out
     out = out + compensation.vector.to(out.dtype)  # a model that was cast keeps the dtype of its quantized weights
@@ -206,13 +211,13 @@ def _compensated(
         out = out if bias is None else out + bias
     else:
         columns = _kept_columns(weight, selection)
-        out = F.linear(rows, columns if to_rows else _corrected(columns, compensation), bias)
+        out = F.linear(rows, columns if to_rows else corrected(columns, compensation), bias)
     if to_rows:
         out = out + (rows @ factors[0]) @ factors[1]  # type: ignore[index]
     return out.view(*z.shape[:-1], hidden)
 
 
-def _corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
+def corrected(kept: Tensor, compensation: Compensation | None) -> Tensor:
     """Kept columns [H, kept] with the compensation's correction, in the same memory layout."""
     if compensation is None or compensation.correction is None:
         return kept

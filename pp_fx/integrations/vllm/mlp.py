@@ -9,6 +9,7 @@ compared: the model's activation must make of it what ours does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from ... import kernels
 from ...config import ProbePruningConfig
 from ...errors import UnsupportedModelError
 from ...kernels.coded import encode
-from ...layouts import by_columns, is_plain, stored_bytes, widened
+from ...layouts import by_columns, is_plain, stored_bytes, take_columns, widened
 from ...methods import Compensation
 from ...process_settings import own_defaults
 from ...rewrite.widths import kept_units, step_units
-from ...runtime.compact import CompactLinear, compact_linear
+from ...runtime.compact import compact_linear, make_compact
 from ...runtime.compensate import compensate
-from ...runtime.gather import gather_columns, gather_rows
+from ...runtime.gather import beside, corrected, gather_columns, gather_rows
 from ...runtime.history import update_history
 from ...runtime.names import STEP
 from ...runtime.plan import LayerInfo, Plan, lasting_tokens, plan_call
@@ -36,8 +37,10 @@ from ...runtime.selections import Selection
 from ...runtime.state import GroupState
 from ...runtime.step import Part, gated_step
 from .operators import SAMPLE
+from .quantized import scaled_product
 from .steps import Steps
 
+_Product = Callable[[Tensor], Tensor]
 _CLOSE = 0.01
 """Of the norm of a sample: two activations that differ by less are the same one, rounded elsewhere (bf16: 0.003)."""
 
@@ -75,7 +78,7 @@ class PrunedMlp:
         self.channels = self.hidden = 0
         self.ready = False
         self._layer = LayerInfo(index, 0, settings, settings, True)
-        self._held: tuple[Selection, CompactLinear, Compensation | None] | None = None
+        self._held: tuple[_Product, _Product, Compensation | None] | None = None
         self._result: Tensor | None = None
         self._expected: Tensor | None = None
         self._compared = False
@@ -140,12 +143,12 @@ class PrunedMlp:
         selection = choose_units(self.state, None, plan, self._layer)
         assert selection is not None
         made = compensate(self.state, selection, None, None, self._output, plan)
-        selection.read_weights(compact=True, in_place=False)
         rows = self._rows_of(selection)
-        inputs = selection.hold_inputs(kernels.kept_rows(self._inputs, rows), self._kept_bias(rows), [rows.shape[0]])
-        z = torch.zeros(1, len(selection.columns), dtype=self._output.dtype, device=rows.device)
-        gather_columns(selection, z, self._output, None, compensation=made)  # the first call keeps the columns
-        self._held = selection, inputs, made
+        inputs = _lasting(kernels.kept_rows(self._inputs, rows), self._kept_bias(rows))
+        output, vector = self._columns(selection), None
+        if made is not None and is_plain(output):
+            output, vector, made = corrected(output, made), made.vector, None
+        self._held = inputs, _lasting(output, vector), made
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The whole MLP over the present step; `result` hands it out.
@@ -222,7 +225,7 @@ class PrunedMlp:
         assert selection is not None
         ran = self.activation(self._kept_inputs(x, selection))
         batch_ran = ran[None]
-        out = gather_columns(selection, batch_ran, self._output, None, compensation=made)[0]
+        out = self._kept_output(ran, selection, made)
         update_history(
             state, batch_ran, selection, real=None, probe=z, rows=rows, gram=None, residual=batch, weight=self._output,
             plan=plan,
@@ -254,10 +257,9 @@ class PrunedMlp:
     def _by_history(self, x: Tensor) -> Tensor:
         """[N, H] of any tokens over what the history has chosen once and for all."""
         assert self._held is not None
-        selection, inputs, made = self._held
-        return gather_columns(
-            selection, self.activation(compact_linear(x, inputs)), self._output, None, compensation=made
-        )
+        inputs, output, made = self._held
+        z = self.activation(inputs(x))
+        return beside(output(z), z, made)
 
     def _kept_inputs(self, x: Tensor, selection: Selection) -> Tensor:
         """Gate over up of the kept channels: [P, H] -> [P, 2k]."""
@@ -266,7 +268,18 @@ class PrunedMlp:
         if is_plain(self._inputs) and kernels.large(self._inputs, rows):
             out = kernels.gather_linear(x, self._inputs, rows)
             return out if bias is None else out + bias
-        return F.linear(x, kernels.kept_rows(self._inputs, rows), bias)
+        return _linear(x, kernels.kept_rows(self._inputs, rows), bias)
+
+    def _kept_output(self, z: Tensor, selection: Selection, made: Compensation | None) -> Tensor:
+        """The output projection of the kept channels: [P, k] -> [P, H]."""
+        if is_plain(self._output):
+            return gather_columns(selection, z, self._output, None, compensation=made)
+        return beside(_linear(z, self._columns(selection), None), z, made)
+
+    def _columns(self, selection: Selection) -> Tensor:
+        """Of the output projection: [H, k]."""
+        output, columns = self._output, selection.columns
+        return kernels.kept_rows(output.t(), columns).t() if is_plain(output) else take_columns(output, columns)
 
     def _kept_bias(self, rows: Tensor) -> Tensor | None:
         return None if self._bias is None else self._bias.index_select(0, rows)
@@ -286,4 +299,21 @@ class PrunedMlp:
 
     def _probe(self, state: GroupState, x: Tensor) -> Tensor:
         """The intermediate state of the probe's rows: [1, T', H] -> [1, T', C]."""
-        return self.activation(F.linear(x, self._inputs, self._bias))
+        out = self.dense_inputs(x.flatten(0, -2), self._bias)
+        return self.activation(out.view(*x.shape[:-1], -1))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, in] through a part [out, in] of a weight, for once."""
+    product = scaled_product(weight)
+    if product is None:
+        return F.linear(x, weight, bias)
+    return product(x) if bias is None else product(x) + bias
+
+
+def _lasting(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear layer x [N, in] -> [N, out] over a part of a weight that is kept."""
+    product = scaled_product(weight)
+    if product is None:
+        return partial(compact_linear, linear=make_compact(weight, bias))
+    return product if bias is None else lambda x: product(x) + bias

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from vllm import _custom_ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -72,3 +74,32 @@ def own_weight(layer: Any, method: Any, name: str) -> Tensor:
     if scales.ndim == 1:  # one for each of the projections that vLLM has merged
         scales = torch.repeat_interleave(scales, torch.tensor(layer.logical_widths))[:, None]
     return as_torchao(Numbers(layer.weight.data, scales, None, 8, True), torch.get_default_dtype())
+
+
+def scaled_product(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """vLLM's own product with 8-bit integers, for a weight that `own_weight` gave or rows or columns of it.
+
+    torchao's product sums the whole weight at every call on a CPU, which a probe of a dozen rows takes most of its time
+    for.
+
+    Args:
+        weight: [out, in].
+
+    Returns:
+        x [N, in] -> [N, out], over a weight that is packed now; None where `torch.nn.functional.linear` is the product:
+        of plain weights, of those beside activations that are not rounded, and off a CPU.
+    """
+    if getattr(weight, "act_quant_kwargs", None) is None or weight.device.type != "cpu":
+        return None
+    codes: Any = weight
+    packed = _custom_ops.create_onednn_scaled_mm(
+        codes.qdata.contiguous().t(), codes.scale.float(), weight.dtype, True, False, 32
+    )
+
+    def product(x: Tensor) -> Tensor:
+        rounded, scales, zeros = _custom_ops.onednn_scaled_int8_quant(x.contiguous(), None, None, True)
+        out = x.new_empty(x.shape[0], packed.n)
+        _custom_ops.onednn_scaled_mm(packed, rounded, out, scales, zeros, None, None)
+        return out
+
+    return product

@@ -63,6 +63,14 @@ def test_columns_that_lie_in_memory(weight, data):
     assert torch.equal(layouts.widened(taken), layouts.widened(wanted))
 
 
+@settings(max_examples=40, deadline=None)
+@given(weights())
+def test_products_that_do_not_round_activations(weight):
+    x = torch.randn(3, weight.shape[1], dtype=weight.dtype)
+    close = {"rtol": DTYPES[weight.dtype], "atol": DTYPES[weight.dtype]}
+    torch.testing.assert_close(F.linear(x, layouts.unrounded(weight)), F.linear(x, layouts.widened(weight)), **close)
+
+
 @settings(max_examples=80, deadline=None)
 @given(weights(), st.data())
 def test_columns_give_what_the_whole_gives_of_zeros_elsewhere(weight, data):
