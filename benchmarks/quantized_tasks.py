@@ -5,18 +5,20 @@
 MODEL is a folder, hub id or GGUF file. int8: torchao's Int8WeightOnlyConfig, a scale for each output row; int4:
 IntxWeightOnlyConfig with a scale for each 32 numbers of a row; of the decoder layers. Solved: as in generated.py, with
 the default `decode="step"`, against the dense bf16 model's answers, in pairs. Bytes: as a file would hold them, half a
-byte for a number of 4 bits (torchao keeps a byte for each in memory). `python docs/measured.py` writes the table.
+byte for a number of 4 bits (torchao keeps a byte for each in memory). The plot takes times from quantized.json, which
+quantized.py has written beside it. `python docs/measured.py` writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from generated import quality, row
-from report import bars, write_json
+from report import write_json
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -74,10 +76,35 @@ def main() -> None:
             found["rows"].append({"weights": weights, "mlp_ratio": ratio, "block_bytes": size, **row(dense, answers)})
             write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
         del model
-    labels = [f"{made['weights']}, {made['mlp_ratio']:.0%}" for made in found["rows"]]
-    title = f"{found['model']}: HumanEval, {len(problems)} problems"
-    solved = [float(made["solved"]) for made in found["rows"]]
-    bars(options.out.with_suffix(".png"), title, "solved", labels, {"solved": solved})
+    times = json.loads(options.out.with_name("quantized.json").read_text(encoding="utf-8"))["rows"]
+    draw_front(options.out.with_suffix(".png"), found, times)
+
+
+def draw_front(file: Path, found: dict[str, Any], times: list[dict[str, Any]]) -> None:
+    """Solved programs against the time of a decode step, where quantized.py has measured one; the best ones joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    step = {(row["weights"], row["mlp_ratio"]): row["decode 1 x 128"]["against_bf16"] for row in times}
+    points = []
+    for weights, color in (("bf16", "#2a6f97"), ("int8", "#e8590c")):
+        rows = [row for row in found["rows"] if (row["weights"], row["mlp_ratio"]) in step and row["weights"] == weights]
+        own = [(step[weights, row["mlp_ratio"]], row["solved"]) for row in rows]
+        axes.plot(*zip(*own, strict=True), "o", color=color, label=weights)
+        for place, row in zip(own, rows, strict=True):
+            axes.annotate(f"{row['mlp_ratio']:.0%}", place, xytext=(5, 4), textcoords="offset points", size=8)
+        points += own
+    best = sorted(a for a in points if not any(b[0] <= a[0] and b[1] >= a[1] and b != a for b in points))
+    axes.plot(*zip(*best, strict=True), "--", color="#888888", zorder=0, label="front")
+    axes.set_xlabel("time of a decode step, dense bf16 = 1")
+    axes.set_ylabel(f"solved of {found['problems']}")
+    axes.set_title(f"{found['model']}: HumanEval, MLP dropped")
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

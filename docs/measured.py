@@ -218,11 +218,12 @@ def serving_tasks(found: dict[str, Any]) -> str:
 
 def serving_layer(found: dict[str, Any]) -> str:
     """One row a shape and ratio, one column a step's tokens."""
-    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, float], dict[str, Any]] = {}
     for row in found["rows"]:
-        rows.setdefault((row["model"], row["mlp_ratio"]), {**row})[f"{row['tokens']} tokens"] = row["ratio"]
+        key = (row["model"], row["weights"], row["mlp_ratio"])
+        rows.setdefault(key, {**row})[f"{row['tokens']} tokens"] = row["ratio"]
     tokens = list(dict.fromkeys(f"{row['tokens']} tokens" for row in found["rows"]))
-    columns = {"layer of": "{model}", "dropped": "{mlp_ratio:.0%}"}
+    columns = {"layer of": "{model}", "weights": "{weights}", "dropped": "{mlp_ratio:.0%}"}
     return grid(rows.values(), {**columns, **{f"time / dense, {name}": f"{{{name}:.3f}}" for name in tokens}})
 
 
