@@ -91,7 +91,9 @@ def draw_front(file: Path, found: dict[str, Any], times: list[dict[str, Any]]) -
     step = {(row["weights"], row["mlp_ratio"]): row["decode 1 x 128"]["against_bf16"] for row in times}
     points = []
     for weights, color in (("bf16", "#2a6f97"), ("int8", "#e8590c")):
-        rows = [row for row in found["rows"] if (row["weights"], row["mlp_ratio"]) in step and row["weights"] == weights]
+        rows = [
+            row for row in found["rows"] if (row["weights"], row["mlp_ratio"]) in step and row["weights"] == weights
+        ]
         own = [(step[weights, row["mlp_ratio"]], row["solved"]) for row in rows]
         axes.plot(*zip(*own, strict=True), "o", color=color, label=weights)
         for place, row in zip(own, rows, strict=True):

@@ -14,6 +14,8 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "LRU_CACHE_CAPACITY": "8",  # else oneDNN and torch keep what they compile for each of a thousand shapes, and memory
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",  # grows without us, too
 }
 SETTINGS = pp_fx.ProbePruningConfig(mlp_ratio=0.4, skip_layers=1, round_to=16, decode="dense")
 IDS = torch.randint(2, 197, (64, 96), generator=torch.Generator().manual_seed(3))
