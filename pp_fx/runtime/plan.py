@@ -26,7 +26,8 @@ class LayerInfo:
         settings: the same with a value for everything that it leaves to the device.
         prunes: whether anything of this layer is dropped.
         version: of the layer's weights; another one when they are loaded or moved.
-        guard_tokens: calls of fewer tokens (B x T) select nothing (`rewrite.break_even`); 0 without the guard.
+        guard_tokens: calls of fewer tokens (B x T) select nothing (`rewrite.cost_model`, `rewrite.break_even`); 0
+            without the guard.
         shards: of a tensor parallel model, the shard that this process holds; None of a whole model.
     """
 
@@ -41,6 +42,18 @@ class LayerInfo:
         self.version = 0
         self.guard_tokens: float = 0
         self.shards: Shards | None = None
+
+    def too_small(self, tokens: int, cached: bool) -> bool:
+        """Whether the guard leaves a call dense.
+
+        Args:
+            tokens: of the call, B x T.
+            cached: whether it has a KV cache: what is selected for decoding, too, pays there. What was measured on
+                this machine holds in any case.
+        """
+        if tokens >= self.guard_tokens:
+            return False
+        return not (cached and self.settings.guard is None and self.settings.reuses)
 
 
 class Plan(NamedTuple):
@@ -100,11 +113,11 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     exported = exports()
     # an exported graph knows no machine
     guarded = layer.guard_tokens > 0 and not exported
-    small = guarded and shape[0] * shape[1] < layer.guard_tokens
+    small = guarded and layer.too_small(shape[0] * shape[1], cache is not None)
     if not layer.prunes:
         return Plan(shape, settings, False, False, cache, {}, exports=exported)
     if forwarded and STEP in forwarded:
-        return _plan_step(shape, settings, forwarded[STEP])
+        return _plan_step(layer, shape, forwarded[STEP])
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
     if settings.steps and shape[1] < settings.min_select_tokens:
@@ -129,13 +142,14 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     return Plan(shape, settings, False, reprobes, cache, reused, exports=exported, keeps=keeps)
 
 
-def _plan_step(shape: tuple[int, int], settings: ProbePruningConfig, step: EngineStep) -> Plan:
-    """Of a flat row [1, T]: its prompt tokens select, for this call alone."""
+def _plan_step(layer: LayerInfo, shape: tuple[int, int], step: EngineStep) -> Plan:
+    """Of a flat row [1, T]: its prompt tokens select, for this call alone, if they are enough for this layer."""
     cache: Any = None
-    if not step.prunes:
-        return Plan(shape, settings, False, False, cache, {})
+    settings, once = layer.settings, by_history(layer.settings)
     tokens = shape[1] if step.pruned is None else step.pruned.shape[0]
-    return Plan((1, tokens), settings, True, False, cache, {}, engine=step, once=by_history(settings))
+    if not step.prunes or (not once and layer.too_small(tokens, False)):
+        return Plan(shape, settings, False, False, cache, {})
+    return Plan((1, tokens), settings, True, False, cache, {}, engine=step, once=once)
 
 
 _RESET = (
