@@ -3,14 +3,15 @@
     python benchmarks/break_even.py --out benchmarks/results/break-even
 
 Layers of random weights, one sample, one thread, CPU time; dense and pruned calls alternate. Enough layers run in turn
-that their weights do not stay in the processor's caches. `pp_fx/rewrite/cost_model.py` has its constants from
-`--fit` of such a file.
+that their weights do not stay in the processor's caches. The constants of `pp_fx/rewrite/cost_model.py` are fitted to
+such rows (docs/research/speed.md, section 9). Rows are added to a file that is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from report import write_json
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pp_fx
+from pp_fx.rewrite.cost_model import tokens_that_pay
 
 SHAPES = {
     "SmolLM2-135M": (576, 1536, 9, 3),
@@ -62,6 +64,13 @@ def pruned(model: Any, ratio: float, heads: float) -> Any:
     return pp_fx.calibrate(made, torch.randint(5, 1000, (2, 64)), progress=False)
 
 
+def predicted(model: Any) -> float:
+    """Tokens from which on the cost model prunes the layers of a pruned model."""
+    layer = model.model.layers[0]
+    kept = {kind: state.kept_units for kind, state in layer.states().items()}
+    return tokens_that_pay(layer, layer.groups, kept, dataclasses.replace(layer.pp_layer.settings, guard=None), "cpu")
+
+
 @torch.no_grad()
 def measure(
     name: str, dtype: str, compiled: bool, tokens: int, heads: float, ratios: Any, repeats: int
@@ -84,11 +93,11 @@ def measure(
                     took = time.thread_time() - start
                 if index >= 2:
                     times[ratio].append(1000 * took / len(model.model.layers))
-    dense = statistics.median(times[0.0])
+    ms = {ratio: statistics.median(found) for ratio, found in times.items()}
     row = {"model": name, "dtype": dtype, "compiled": compiled, "attention_ratio": heads, "tokens": tokens}
     return [
-        {**row, "mlp_ratio": ratio, "dense_ms": dense, "pruned_ms": statistics.median(times[ratio]),
-         "ratio": statistics.median(times[ratio]) / dense}
+        {**row, "mlp_ratio": ratio, "dense_ms": ms[0.0], "pruned_ms": ms[ratio], "ratio": ms[ratio] / ms[0.0],
+         "predicted": predicted(sides[ratio])}
         for ratio in ratios
     ]  # fmt: skip
 

@@ -33,8 +33,7 @@ from pp_fx.runtime import select
 from pp_fx.runtime.state import states_of
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
-RATIOS, SHARES = (0.2, 0.4), (0.5, 0.7, 0.9)
-LENGTH, BATCHES, SCORED = 512, 60, 20
+SHARES, LENGTH = (0.5, 0.7, 0.9), 512
 HIDDEN, CHANNELS, ROWS, DROPPED = 4096, 11008, 13, 0.4
 """Of the layer that is timed, and the probe's rows of 512 tokens."""
 
@@ -97,17 +96,20 @@ def settled(often: Tensor) -> tuple[Tensor, Tensor]:
     return often >= 0.99, often <= 0.01
 
 
-def measure(name: str, ratio: float, texts: dict[str, Any], calibration: str) -> dict[str, Any]:
+def measure(name: str, ratio: float, texts: dict[str, Any], options: Any) -> dict[str, Any]:
     """One model at one ratio."""
+    chosen, scoring = options.batches, options.scored
     model, tokenizer = load(name, torch.bfloat16)
-    ids = {text: sequences(read(where), tokenizer, BATCHES, LENGTH, skip) for text, (where, skip, _) in texts.items()}
-    scored = {text: sequences(read(where), tokenizer, SCORED, LENGTH, skip) for text, (where, _, skip) in texts.items()}
+    ids = {text: sequences(read(where), tokenizer, chosen, LENGTH, skip) for text, (where, skip, _) in texts.items()}
+    scored = {
+        text: sequences(read(where), tokenizer, scoring, LENGTH, last) for text, (where, _, last) in texts.items()
+    }
     dense = {text: evaluate(model, part, 1, progress=f"dense, {text}") for text, part in scored.items()}
     pp_fx.transform(model, {"skip_layers": 3, "mlp_ratio": ratio, "guard": False})
-    pp_fx.calibrate(model, sequences(read(calibration), tokenizer, 64, LENGTH))
+    pp_fx.calibrate(model, sequences(read(options.calibration), tokenizer, options.calibrated, LENGTH))
     often = {text: frequencies(model, part) for text, part in ids.items()}
     first, second = (settled(one) for one in often.values())
-    row: dict[str, Any] = {"model": Path(name).name, "mlp_ratio": ratio}
+    row: dict[str, Any] = {"model": Path(name).name, "mlp_ratio": ratio, "batches": chosen, "scored": scoring}
     for text, (always, never) in zip(texts, (first, second), strict=True):
         row[text] = {"always": always.float().mean().item(), "never": never.float().mean().item()}
         row[text] |= {"dense_ppl": dense[text].ppl}
@@ -167,15 +169,19 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--models", default="smollm2", help="folders, GGUF files or smollm2, separated by commas")
+    parser.add_argument("--ratios", default="0.2,0.4", help="of MLPs, separated by commas")
+    parser.add_argument("--batches", type=int, default=60, help="of each text that choose")
+    parser.add_argument("--scored", type=int, default=20, help="batches of each text for perplexity")
+    parser.add_argument("--calibrated", type=int, default=64, help="sequences of the history")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/settled"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     # where each text is, and how many sequences are skipped before those that choose and those that are scored
-    texts = {"same text": (options.text, 0, BATCHES), "other text": (PYTHON_DOCS, 0, 100)}
+    texts = {"same text": (options.text, 0, options.batches), "other text": (PYTHON_DOCS, 0, 100)}
     document: dict[str, Any] = {"layer": time_layer(), "rows": []}
     for name in options.models.split(","):
-        for ratio in RATIOS:
-            document["rows"].append(measure(name, ratio, texts, options.calibration))
+        for ratio in map(float, options.ratios.split(",")):
+            document["rows"].append(measure(name, ratio, texts, options))
             write_json(options.out.with_suffix(".json"), document)  # what was measured stays if this is stopped
     table = Table("model", "MLP", "text", "always", "never", "today", *(f"{share:.0%} fixed" for share in SHARES))
     for row in document["rows"]:

@@ -2,13 +2,13 @@
 
 A call of T tokens (B x T) that decides for itself takes longer than a dense one by
 
-    call + byte * bytes + row * min(T, history rows) * kept + mac * probe rows * read
+    call + head * heads + byte * bytes + row * min(T, history rows) * kept + mac * probe rows * read
 
 where `bytes` are those of the projections that the probe reads and of the kept rows and columns, which are copied,
-`kept` the kept columns of the output projection, whose history learns, and `read` the MACs of one row of the probe. It
-saves `mac` for every MAC of T tokens that is dropped. The constants were measured, once for a kind of device and a size
-of numbers, and stand here (docs/research/speed.md, section 9): what a model computes must not depend on the machine
-unasked. They are those of uncompiled calls, and hold for compiled ones, too, so that both compute the same.
+`kept` the kept columns of the output projection, of which the history reads some rows, and `read` the MACs of one row
+of the probe. It saves `mac` for every MAC of T tokens that is dropped. The constants were measured, once for a kind of
+device and a size of numbers, and stand here (docs/research/speed.md, section 9): what a model computes must not depend
+on the machine unasked. They are those of uncompiled calls and hold for compiled ones, too: both compute the same.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ class Costs(NamedTuple):
 
     Attributes:
         call: of a group in every call: the operators that decide, uncompiled.
+        head: for every query head: how the heads meet in the output, in which order they are dropped.
         byte: for every byte that the probe reads or that is copied.
-        row: for every number of the state that the history reads.
+        row: for every number of the state that the history reads, and for what narrower products lose.
         mac: for every MAC.
     """
 
     call: float
+    head: float
     byte: float
     row: float
     mac: float
 
 
 COSTS: Mapping[tuple[str, int], Costs] = {
-    ("cpu", 2): Costs(call=1e-3, byte=6.4e-11, row=6.2e-9, mac=1e-11),
-    ("cpu", 4): Costs(call=1e-3, byte=6.4e-11, row=6.2e-9, mac=2e-11),
+    ("cpu", 2): Costs(call=1.4e-3, head=1.6e-4, byte=6.2e-11, row=7e-9, mac=1e-11),
+    ("cpu", 4): Costs(call=1.4e-3, head=1.6e-4, byte=7e-11, row=9e-9, mac=2.1e-11),
 }
 """Type of a device, bytes of a number -> its costs. Of other devices too little is known (docs/research/gpu.md)."""
 SMALLEST = 2 * 2**20
@@ -59,7 +61,7 @@ STEP = 8
 """Tokens between the sizes that are tried."""
 
 
-def set_guard_by_model(layers: Iterable[nn.Module], device: str) -> None:
+def set_guard_by_model(layers: Iterable[Any], device: str) -> None:
     """Give every layer that prunes the number of tokens from which on that pays by the cost model.
 
     Warns of layers in which it never does.
@@ -126,12 +128,14 @@ class _Sizes(NamedTuple):
     """Of a group.
 
     Attributes:
+        heads: query heads; 0 of an MLP.
         bytes: that are read or copied.
         kept: columns of the output projection.
         read: MACs of one row of the probe.
         dropped: MACs of one token that are not run.
     """
 
+    heads: int
     bytes: float
     kept: float
     read: float
@@ -144,7 +148,8 @@ def _sizes(group: Group, kept: int, weights: Mapping[str, Any]) -> _Sizes:
     dropped = sum(numbers[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
     shrinking = sum(numbers[p.path] * p.share for p in (*group.inputs, group.output))
     touched = (read + shrinking - dropped) * weights[group.output.path].dtype.itemsize
-    return _Sizes(touched, kept * group.width, read, dropped)
+    heads = group.units if group.kind == "attention" else 0
+    return _Sizes(heads, touched, kept * group.width, read, dropped)
 
 
 def _pays(sizes: Iterable[_Sizes], tokens: int, settings: ProbePruningConfig, costs: Costs) -> bool:
@@ -152,7 +157,6 @@ def _pays(sizes: Iterable[_Sizes], tokens: int, settings: ProbePruningConfig, co
     probe: Any = settings.probe
     rows = max(min(tokens, probe.min_positions), tokens * probe.token_fraction * probe.sample_fraction)
     learnt = min(tokens, settings.history_rows)
-    spent = sum(
-        costs.call + costs.byte * s.bytes + costs.row * learnt * s.kept + costs.mac * s.read * rows for s in sizes
-    )
+    fixed = sum(costs.call + costs.head * s.heads + costs.byte * s.bytes for s in sizes)
+    spent = fixed + sum(costs.row * learnt * s.kept + costs.mac * rows * s.read for s in sizes)
     return spent <= costs.mac * tokens * sum(s.dropped for s in sizes)

@@ -16,7 +16,7 @@ from tests.helpers.models import tiny_llama
 
 MODEL = {"layers": 1, "heads": 16, "kv_heads": 16, "intermediate": 3072}
 """Of the smallest sizes that the model speaks of: H = 256, C = 3072."""
-COST = Costs(call=1e-4, byte=1e-10, row=1e-9, mac=1e-11)
+COST = Costs(call=1e-4, head=1e-6, byte=1e-10, row=1e-9, mac=1e-11)
 
 
 def guard_of(ratio=0.5, dtype=torch.bfloat16, model=None, **changes):
