@@ -88,7 +88,7 @@ def draw_front(file: Path, found: dict[str, Any], times: list[dict[str, Any]]) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    step = {(row["weights"], row["mlp_ratio"]): row["decode 1 x 128"]["against_bf16"] for row in times}
+    step = {(r["weights"], r["mlp_ratio"]): r["decode 1 x 128"]["against_bf16"] for r in times}
     points = []
     for weights, color in (("bf16", "#2a6f97"), ("int8", "#e8590c")):
         rows = [
@@ -96,8 +96,8 @@ def draw_front(file: Path, found: dict[str, Any], times: list[dict[str, Any]]) -
         ]
         own = [(step[weights, row["mlp_ratio"]], row["solved"]) for row in rows]
         axes.plot(*zip(*own, strict=True), "o", color=color, label=weights)
-        for place, row in zip(own, rows, strict=True):
-            axes.annotate(f"{row['mlp_ratio']:.0%}", place, xytext=(5, 4), textcoords="offset points", size=8)
+        for place, made in zip(own, rows, strict=True):
+            axes.annotate(f"{made['mlp_ratio']:.0%}", place, xytext=(5, 4), textcoords="offset points", size=8)
         points += own
     best = sorted(a for a in points if not any(b[0] <= a[0] and b[1] >= a[1] and b != a for b in points))
     axes.plot(*zip(*best, strict=True), "--", color="#888888", zorder=0, label="front")

@@ -13,9 +13,11 @@ from pp_fx.requirements import versions
 STICKY: dict[str, Any] = {
     "skip_layers": 3,
     "decode": "sticky",
+    "guard": False,
     "probe": {"ranking": "residual", "first_position": "always"},
 }
-"""One selection for a generation, in all layers but the first three: what the tables call sticky."""
+"""One selection for a generation, in all layers but the first three, calls of every size pruned: what the tables call
+sticky."""
 
 
 def processor() -> str:

@@ -82,6 +82,19 @@ def blocks(found: dict[str, Any]) -> str:
     return grid(rows, {"model": "{model}", "batch x length": SHAPE, **times, **ratios})
 
 
+def break_even(found: dict[str, Any]) -> str:
+    """One row a layer and ratio, one column a size, and from which size on the cost model prunes."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in found["rows"]:
+        key = tuple(row[name] for name in ("dtype", "compiled", "attention_ratio", "model", "mlp_ratio"))
+        what = f"{row['model']}, {row['dtype']}{', compiled' * row['compiled']}"
+        rows.setdefault(key, {**row, "layer": what})[f"1 x {row['tokens']}"] = row["ratio"]
+    sizes = sorted({row["tokens"] for row in found["rows"]})
+    columns = {"layer of": "{layer}", "MLP": "{mlp_ratio:.0%}", "heads": "{attention_ratio:.0%}"}
+    columns |= {f"time / dense, 1 x {size}": f"{{1 x {size}:.3f}}" for size in sizes}
+    return grid(rows.values(), {**columns, "pruned from, tokens": "**{predicted:.0f}**"})
+
+
 def gpu(found: dict[str, Any]) -> str:
     """Every side of every shape."""
     rows = [{**row, "side": name, **side} for row in found["rows"] for name, side in row["sides"].items()]
@@ -236,6 +249,29 @@ def shards(found: dict[str, Any]) -> str:
     return grid(found["rows"], columns)
 
 
+def settled(found: dict[str, Any]) -> str:
+    """Two texts a model and ratio; then the time that a layer could save at most."""
+    rows = [
+        {**row, "text": text, **row[text], **{f"{one['share']:.0%}": one for one in row[text]["fixed"]}}
+        for row in found["rows"]
+        for text in ("same text", "other text")
+    ]
+    columns = {"model": "{model}", "MLP": "{mlp_ratio:.0%}", "text": "{text}", "batches": "{batches} + {scored}"}
+    columns |= {"always kept": "{always:.1%}", "never": "{never:.1%}", "perplexity": "{ppl:.2f}"}
+    shares = [f"{one['share']:.0%}" for one in found["layer"]["saved"]]
+    columns |= {f"{share} fixed": f"{{{share}[change]:+.1%}} ± {{{share}[nll_stderr]:.3f}}" for share in shares}
+    layer = found["layer"]
+    saved = ", ".join(f"{one['saved']:.1%} with {one['share']:.0%} fixed" for one in layer["saved"])
+    agree = "; ".join(
+        f"{row['model']} at {row['mlp_ratio']:.0%}: {row['agreement']['always']:.1%}" for row in found["rows"]
+    )
+    return grid(rows, columns) + (
+        f"\nOf the channels that every batch of the one text keeps the other keeps as often: {agree}. A layer of "
+        f"Llama-2-7B's shapes at 1 x 512, MLP 40%: its products take {layer['dense_ms']:.0f} ms dense, the probe's "
+        f"{layer['probe_ms']:.1f}, the copies {layer['copies_ms']:.1f}; saved at most {saved}.\n"
+    )
+
+
 def costs(found: dict[str, Any]) -> str:
     """Seconds and bytes before anything is saved."""
     rows = [{"name": k, **row, "share": row["state_bytes"] / row["weight_bytes"]} for k, row in found["rows"].items()]
@@ -246,13 +282,13 @@ def costs(found: dict[str, Any]) -> str:
     )
 
 
-TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, gpu, decode_quality)}
+TABLES = {f.__name__.replace("_", "-"): f for f in (headline, perplexity, cpu, blocks, break_even, gpu)}
 TABLES |= {
     f.__name__.replace("_", "-"): f
-    for f in (generated, quantized, quantized_tasks, step_kernels, mixed_batches, compare)
+    for f in (decode_quality, generated, quantized, quantized_tasks, step_kernels, mixed_batches, compare)
 }
-TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving)}
-TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, shards, costs, continuous_batching)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving, continuous_batching)}
+TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, shards, settled, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
 """Name of a file in benchmarks/results -> its table."""
 

@@ -111,8 +111,11 @@ class ProbePruningConfig:
             the selection of "sticky" stays, that of "rolling" is always replaced.
         compact_megabytes: at most so many MiB of compact weights for each generation (layers from the first on); the
             other layers gather at every step. None: no limit; 0: keep only the indices.
-        guard: measure at `transform` (and after loading) from how many tokens on pruning is not slower than the dense
-            layer on this machine, uncompiled, and leave smaller calls dense; `explain` reports it.
+        guard: calls of too few tokens (B x T) for pruning to pay stay dense, layer by layer; `explain` reports how many
+            that are. None: by a cost model with constants for the kind of device (`pp_fx.rewrite.cost_model`; none for
+            CUDA, small or quantized layers, which prune every call), so that every machine computes the same; a call
+            whose selection decoding reuses is pruned at any size. True: measured at `transform` (and after loading) on
+            this machine, uncompiled. False: every call is pruned.
         kernel_rows: calls of at most so many rows (B x T) multiply with the kept rows where they lie in place of
             copying them (Triton on CUDA; `benchmarks/gpu.py` measures up to how many rows that is faster). 0: never.
         version: of this schema.
@@ -150,7 +153,7 @@ class ProbePruningConfig:
     reprobe_every: int = 32
     drift_threshold: float | None = None
     compact_megabytes: float | None = None
-    guard: bool = False
+    guard: bool | None = None
     kernel_rows: int = 0
     version: int = VERSION
 
@@ -203,7 +206,8 @@ class ProbePruningConfig:
                     f"drift_threshold={self.drift_threshold} has no meaning with decode={self.decode!r}; leave it None "
                     "or choose decode='sticky' or 'rolling'"
                 )
-        _flag("guard", self.guard)
+        if self.guard is not None:
+            _flag("guard", self.guard)
         check_integers(0, ConfigError, kernel_rows=self.kernel_rows)
         if self.compact_megabytes is not None:
             _number("compact_megabytes", self.compact_megabytes, 0, math.inf)
@@ -316,6 +320,11 @@ class ProbePruningConfig:
     def steps(self) -> bool:
         """Whether tokens of decode steps choose for themselves."""
         return self.decode in ("step", "auto")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether decoding reuses what a prompt selects."""
+        return self.decode in ("sticky", "probe", "rolling")
 
     @property
     def reprobes(self) -> bool:

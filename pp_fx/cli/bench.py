@@ -53,7 +53,10 @@ def bench_command(
     freezing: Annotated[
         bool, typer.Option(help="With --compile: Inductor's freezing (packed weights) for both.")
     ] = False,
-    guard: Annotated[bool, typer.Option(help="Calls too small to pay stay dense (measured first).")] = False,
+    guard: Annotated[
+        bool | None,
+        typer.Option(help="Calls too small to pay stay dense, measured first; or none do. Default: by a cost model."),
+    ] = None,
     attention: Annotated[str, typer.Option(help="Attention implementation of both models: sdpa or eager.")] = "sdpa",
     repeats: Annotated[int, typer.Option(help="Timed prefills of each model.")] = 9,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -63,8 +66,8 @@ def bench_command(
     """Time of MODEL, pruned against dense, interleaved in one process: decoder blocks, and with the LM head."""
     console = console_for(json_file)
     settings = read_settings(preset, config, mlp_ratio, attention_ratio, skip_layers, decode, decode_ratio)
-    if guard:
-        settings = dataclasses.replace(settings, guard=True)
+    if guard is not None:
+        settings = dataclasses.replace(settings, guard=guard)
     check_choice("attention", attention, ("sdpa", "eager"))
     prompts = read(text)
     check_fit(settings, model)

@@ -44,7 +44,7 @@ def block_bytes(model: nn.Module, tokens: int, batch: int = 1) -> tuple[int, flo
         sizes = {n: stored_bytes(p) for n, p in local_parameters(layer)}
         dense += sum(sizes.values())
         pruned += sum(sizes.values())
-        for kind, kept in running_units(layer, tokens).items() if sticky else ():
+        for kind, kept in running_units(layer, tokens, True).items() if sticky else ():
             group = layer.groups[kind]
             pruned -= sum(sizes[path] * (1 - group.kept_share(path, kept)) for path in group.weights)
         pruned -= sum(

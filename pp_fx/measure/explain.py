@@ -20,9 +20,10 @@ from ..config import Kind, ProbePruningConfig, as_config
 from ..errors import CaptureError, InputError, UnsupportedModelError
 from ..groups.group import AttentionGroup, Group
 from ..process_settings import own_defaults
+from ..rewrite.cost_model import tokens_that_pay
 from ..rewrite.layer import config_of, is_transformed, layers_of, settings_of
 from ..rewrite.structures import find_structures
-from ..rewrite.widths import carried_ratios, kept_units, on_device
+from ..rewrite.widths import carried_ratios, device_of, kept_units, on_device
 from ..runtime.names import LAYER
 from ..shards import check_whole
 from .macs import Macs, layer_macs, running_units
@@ -169,8 +170,11 @@ def _of_model(model: nn.Module, config: ProbePruningConfig, batch: int, length: 
         kept = {
             kind: kept_units(kind, group.units, ratios[kind][index], settings) for kind, group in found.groups.items()
         }
-        macs = layer_macs(layer, found.groups, kept, settings, batch, length)
-        reports.append(_report(index, found.groups, kept, found.reasons, macs))
+        fewest = tokens_that_pay(layer, found.groups, kept, settings, device_of(model))
+        small = batch * length < fewest
+        running = {kind: group.units for kind, group in found.groups.items()} if small else kept
+        macs = layer_macs(layer, found.groups, running, settings, batch, length)
+        reports.append(_report(index, found.groups, kept, [*found.reasons, *_guarded(fewest, settings)], macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
 
@@ -180,16 +184,18 @@ def _of_transformed(model: nn.Module, batch: int, length: int) -> Explanation:
     for index, layer in enumerate(layers_of(model)):
         kept = {kind: state.kept_units for kind, state in layer.states().items()}
         macs = layer_macs(layer, layer.groups, running_units(layer, batch * length), settings, batch, length)
-        reports.append(_report(index, layer.groups, kept, [*layer.reasons, *_guarded(layer)], macs))
+        guarded = _guarded(layer.__dict__[LAYER].guard_tokens, settings)
+        reports.append(_report(index, layer.groups, kept, [*layer.reasons, *guarded], macs))
     return Explanation(type(model).__name__, config.to_dict(), batch, length, tuple(reports))
 
 
-def _guarded(layer: nn.Module) -> list[str]:
-    """What the guard has measured, in words."""
-    tokens = layer.__dict__[LAYER].guard_tokens
+def _guarded(tokens: float, settings: ProbePruningConfig) -> list[str]:
+    """What the guard keeps dense, in words."""
     if not tokens:
         return []
-    return [f"guard: calls of fewer than {tokens} tokens" if tokens < math.inf else "guard: calls of any size"]
+    uncached = " without a KV cache" if settings.guard is None and settings.reuses else ""
+    size = "any size" if tokens == math.inf else f"fewer than {tokens} tokens"
+    return [f"guard: calls of {size}{uncached}"]
 
 
 def _report(

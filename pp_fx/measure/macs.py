@@ -66,9 +66,12 @@ def count_macs(model: nn.Module, batch: int, length: int) -> Macs:
     return sum(parts, Macs())
 
 
-def running_units(layer: Any, tokens: int) -> dict[Kind, int]:
-    """Group kind -> the units of a rewritten layer that run in a prefill of so many tokens (B x T)."""
-    guarded = tokens < layer.__dict__[LAYER].guard_tokens
+def running_units(layer: Any, tokens: int, cached: bool = False) -> dict[Kind, int]:
+    """Group kind -> the units of a rewritten layer that run in a prefill of so many tokens (B x T).
+
+    `cached`: on a KV cache, with which the guard may judge otherwise.
+    """
+    guarded = layer.__dict__[LAYER].too_small(tokens, cached)
     return {kind: s.units if guarded else s.kept_units for kind, s in layer.states().items()}
 
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 Planner = Literal["one_threshold"]
-PUBLISHED: dict[str, Any] = {"skip_layers": 3, "decode": "sticky"}
-"""What the published methods have in common, as Probe Pruning's authors run them: three dense layers, one selection."""
+PUBLISHED: dict[str, Any] = {"skip_layers": 3, "decode": "sticky", "guard": False}
+"""What the published methods have in common, as Probe Pruning's authors run them: three dense layers, one selection,
+calls of every size pruned."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class ModelInfo(NamedTuple):
         inside: the modules that the layers' graphs bypass.
         heads: whether any layer prunes attention heads.
         unsplit: a layer whose MLP cannot run a part of a step's tokens pruned, in words; None where all can.
+        guarded: whether the guard may leave a prompt dense in any layer.
     """
 
     layer: LayerInfo
@@ -39,6 +40,7 @@ class ModelInfo(NamedTuple):
     inside: Inside
     heads: bool
     unsplit: str | None
+    guarded: bool = False
 
     @property
     def settings(self) -> ProbePruningConfig:
@@ -93,7 +95,7 @@ def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
     if selections is not None and selections.reserved is not None:
         _check_reserved(info, selections, batch)
     mine = selections is not None and selections.owner == info.layer.owner
-    if not mine or length < info.settings.min_select_tokens or info.settings.guard:
+    if not mine or length < info.settings.min_select_tokens or info.guarded:
         _check_held(info, cache, selections)  # others select anew, and a look at a device's number would wait for it
     selections = put_selections(cache, info.layer.owner)
     selections.given = True
@@ -118,7 +120,7 @@ def _check_held(info: ModelInfo, cache: Cache, selections: Selections | None) ->
     known = not (isinstance(filled, Tensor) and torch.compiler.is_compiling())
     empty = known and bool(filled == 0)
     if selections is None:
-        silent = info.settings.guard or info.settings.steps  # no selection is missing
+        silent = info.guarded or info.settings.steps  # no selection is missing
         if not empty and not torch.compiler.is_compiling() and not silent:
             warnings.warn(
                 "past_key_values holds tokens but no selection of pp_fx (it comes from an untransformed model); the "

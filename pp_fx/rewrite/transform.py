@@ -23,6 +23,7 @@ from ..shards import is_distributed
 from .break_even import TOKENS, set_guard
 from .bypassed import Inside, refuse_hooks
 from .call_check import ModelInfo, check_call
+from .cost_model import set_guard_by_model
 from .engine_calls import unsplit
 from .layer import ProbePrunedLayer, input_reach, install, layers_of, output_weight, uninstall
 from .refusals import (
@@ -109,12 +110,15 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
             compare_layers(layers, calls, dense)
         if config.guard:
             set_guard(model, layers, getattr(model.config, "max_position_embeddings", None) or TOKENS[-1])
+        elif config.guard is None:
+            set_guard_by_model(layers, device_of(model))
         if device_of(model) == "cpu":
             native()  # compiled now, if need be, and not in the first generation
         prunes = any(state.prunes or state.steps for _, _, states in prepared for state in states.values())
         heads = any("attention" in states and states["attention"].prunes for _, _, states in prepared)
         inside = Inside.of(layers, _reads(structures.values()))
-        holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside, heads, unsplit(layers))
+        guarded = any(layer.__dict__[LAYER].guard_tokens for layer in layers)
+        holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside, heads, unsplit(layers), guarded)
         for name, function in SHADOWED.items():
             if hasattr(model, name):
                 model.__dict__[name] = functools.partial(function, model)

@@ -26,7 +26,8 @@ class LayerInfo:
         settings: the same with a value for everything that it leaves to the device.
         prunes: whether anything of this layer is dropped.
         version: of the layer's weights; another one when they are loaded or moved.
-        guard_tokens: calls of fewer tokens (B x T) select nothing (`rewrite.break_even`); 0 without the guard.
+        guard_tokens: calls of fewer tokens (B x T) select nothing (`rewrite.cost_model`, `rewrite.break_even`); 0
+            without the guard.
         shards: of a tensor parallel model, the shard that this process holds; None of a whole model.
     """
 
@@ -41,6 +42,18 @@ class LayerInfo:
         self.version = 0
         self.guard_tokens: float = 0
         self.shards: Shards | None = None
+
+    def too_small(self, tokens: int, cached: bool) -> bool:
+        """Whether the guard leaves a call dense.
+
+        Args:
+            tokens: of the call, B x T.
+            cached: whether it has a KV cache: what is selected for decoding, too, pays there. What was measured on
+                this machine holds in any case.
+        """
+        if tokens >= self.guard_tokens:
+            return False
+        return not (cached and self.settings.guard is None and self.settings.reuses)
 
 
 class Plan(NamedTuple):
@@ -102,11 +115,11 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     exported = exports()
     # an exported graph knows no machine
     guarded = layer.guard_tokens > 0 and not exported
-    small = guarded and shape[0] * shape[1] < layer.guard_tokens
+    small = guarded and layer.too_small(shape[0] * shape[1], cache is not None)
     if not layer.prunes:
         return Plan(shape, settings, False, False, cache, {}, exports=exported)
     if forwarded and STEP in forwarded:
-        return _plan_step(shape, layer, forwarded[STEP])
+        return _plan_step(layer, shape, forwarded[STEP])
     if cache is None:
         return Plan(shape, settings, not small, False, None, {}, exports=exported)
     if settings.steps and shape[1] < settings.min_select_tokens:
@@ -131,15 +144,20 @@ def plan_call(layer: LayerInfo, hidden_states: Tensor, cache: Any, forwarded: di
     return Plan(shape, settings, False, reprobes, cache, reused, exports=exported, keeps=keeps)
 
 
-def _plan_step(shape: tuple[int, int], layer: LayerInfo, step: EngineStep) -> Plan:
-    """Of a flat row [1, T]: its prompt tokens select, for this call alone; tokens that decode by `step.decode`."""
+def _plan_step(layer: LayerInfo, shape: tuple[int, int], step: EngineStep) -> Plan:
+    """Of a flat row [1, T]: its prompt tokens select, for this call alone, if they are enough for this layer.
+
+    Tokens that decode go by `step.decode`.
+    """
     settings, once = layer.settings, by_history(layer.settings)
     cache: Any = None
-    if not step.prunes and step.decode == "dense":
-        return Plan(shape, settings, False, False, cache, {})
     tokens = shape[1] if step.prompts is None else step.prompts.shape[0]
+    prunes = step.prunes and (once or not layer.too_small(tokens, False))
+    if not prunes and step.decode == "dense":
+        return Plan(shape, settings, False, False, cache, {})
     steps, stored = step.decode == "step", _stored(layer, selections_on(step.cache))
-    return Plan((1, tokens), settings, step.prunes, False, cache, stored, steps=steps, engine=step, once=once)
+    step = step._replace(prunes=prunes)
+    return Plan((1, tokens), settings, prunes, False, cache, stored, steps=steps, engine=step, once=once)
 
 
 _RESET = (

@@ -12,6 +12,10 @@ from pp_fx.cache import selections_on
 from pp_fx.measure.bytes import block_bytes
 from pp_fx.measure.macs import count_macs, kept_head_share
 from pp_fx.rewrite import break_even as guard
+from pp_fx.rewrite import cost_model
+from pp_fx.runtime.engine_step import EngineStep
+from pp_fx.runtime.names import STEP
+from pp_fx.runtime.plan import plan_call
 from pp_fx.runtime.state import states_of
 from tests.helpers.models import tiny_llama
 
@@ -32,6 +36,13 @@ def measured(monkeypatch):
     monkeypatch.setattr(guard, "_ratio", ratio)
     monkeypatch.setattr(guard, "_measured", {})
     return calls
+
+
+@pytest.fixture
+def modelled(monkeypatch):
+    """The configuration of a guard by the cost model, by which pruning pays from 64 tokens on whatever the layer."""
+    monkeypatch.setattr(cost_model, "tokens_that_pay", lambda *_: 64)
+    return dataclasses.replace(CONFIG, guard=None)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +155,68 @@ def test_what_tries_ratios_out_is_not_guarded(monkeypatch):
 def test_static_selection_needs_no_guard():
     with pytest.raises(pp_fx.errors.ConfigError, match="set guard=False"):
         pp_fx.ProbePruningConfig(probe=None, guard=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_cost_model_keeps_small_calls_dense_without_a_cache(modelled, compiled):
+    small, large = torch.randint(2, 97, (1, 40)), torch.randint(2, 97, (2, 40))
+    dense, free = tiny_llama(), pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, guard=False))
+    guarded = pp_fx.transform(tiny_llama(), modelled)
+    torch._dynamo.reset()
+    forward = torch.compile(guarded, fullgraph=True, backend="eager") if compiled else guarded
+    with torch.no_grad(), pp_fx.history_frozen(free), pp_fx.history_frozen(guarded):
+        assert torch.equal(forward(small, use_cache=False).logits, dense(small, use_cache=False).logits)
+        torch.testing.assert_close(forward(large, use_cache=False).logits, free(large).logits, rtol=0, atol=1e-5)
+    assert pp_fx.explain(guarded).layers[1].dense == ("guard: calls of fewer than 64 tokens without a KV cache",)
+
+
+def test_what_decoding_reuses_is_selected_by_prompts_of_any_size(modelled):
+    free = pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, guard=False))
+    guarded, dense, small = pp_fx.transform(tiny_llama(), modelled), tiny_llama(), torch.randint(2, 97, (1, 40))
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = [torch.stack(model.generate(small, **settings).logits) for model in (guarded, free, dense)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-2)
+    assert block_bytes(guarded, 40) == block_bytes(free, 40)
+    assert count_macs(guarded, 1, 40).pruned > count_macs(free, 1, 40).pruned
+
+
+@pytest.mark.parametrize("decode", ["auto", "dense"])
+def test_a_small_prompt_before_dense_steps_is_dense(modelled, decode):
+    config = dataclasses.replace(modelled, decode=decode, attention_ratio=0.0, step_batch=0)
+    guarded, dense, small = pp_fx.transform(tiny_llama(), config), tiny_llama(), torch.randint(2, 97, (1, 40))
+    tokens = [model.generate(small, max_new_tokens=5, do_sample=False) for model in (guarded, dense)]
+    assert torch.equal(*tokens)
+    cache = DynamicCache()
+    with torch.no_grad():
+        guarded(small, past_key_values=cache)
+        got = guarded(small[:, :3], past_key_values=cache).logits  # the cache holds tokens and no selection: no warning
+        assert torch.equal(got, dense(torch.cat([small, small[:, :3]], 1)).logits[:, 40:]) or torch.allclose(
+            got, dense(torch.cat([small, small[:, :3]], 1)).logits[:, 40:], atol=1e-4
+        )
+
+
+def test_layers_are_judged_one_by_one(monkeypatch):
+    found = iter((0, 64, math.inf))
+    monkeypatch.setattr(cost_model, "tokens_that_pay", lambda *_: next(found))
+    with pytest.warns(UserWarning, match="layers 2 stay dense"):
+        model = pp_fx.transform(tiny_llama(), dataclasses.replace(CONFIG, guard=None, skip_layers=0, decode="dense"))
+    assert [layer.pp_layer.guard_tokens for layer in model.model.layers] == [0, 64, math.inf]
+    assert [layer.dense for layer in pp_fx.explain(model).layers] == [
+        (),
+        ("guard: calls of fewer than 64 tokens",),
+        ("guard: calls of any size",),
+    ]
+
+
+def test_a_step_of_an_engine_is_judged_by_its_prompt_tokens(modelled):
+    config = dataclasses.replace(modelled, decode="auto", attention_ratio=0.0, step_batch=None)
+    info = pp_fx.transform(tiny_llama(), config).model.layers[1].pp_layer
+    row = torch.zeros(1, 100, 64)
+    few = EngineStep(torch.arange(63), torch.arange(63, 100))
+    many = EngineStep(torch.arange(64), torch.arange(64, 100))
+    assert not plan_call(info, row, None, {STEP: few}).selects
+    plan = plan_call(info, row, None, {STEP: many})
+    assert (plan.selects, plan.shape, plan.engine) == (True, (1, 64), many)
+    info.settings = dataclasses.replace(info.settings, freeze_history=True)  # decides nothing while it runs
+    assert plan_call(info, row, None, {STEP: few}).once

@@ -8,6 +8,7 @@ import torch
 
 import pp_fx
 from pp_fx.bench import bench
+from pp_fx.cli import bench as bench_module
 from pp_fx.errors import InputError
 from pp_fx.measure.bytes import block_bytes, key_value_bytes
 from tests.helpers.command import run
@@ -95,3 +96,12 @@ def test_a_wrong_attention_implementation_is_refused(folder):
     result = run("bench", folder, "--attention", "flash")
     assert isinstance(result.exception, InputError)
     assert "attention='flash'" in str(result.exception)
+
+
+@pytest.mark.parametrize(("options", "guard"), [((), None), (("--guard",), True), (("--no-guard",), False)], ids=str)
+def test_the_guard_is_the_model_s_unless_it_is_named(folder, monkeypatch, options, guard):
+    given = []
+    monkeypatch.setattr(bench_module, "bench", lambda model, ids, config, **_: given.append(config) or {})
+    result = run("bench", folder, "--length", "40", "--json", "-", *options)
+    assert result.exit_code == 0, result.output
+    assert [config.guard for config in given] == [guard]
