@@ -33,6 +33,7 @@ class ModelInfo(NamedTuple):
         heads: whether any layer prunes attention heads.
         unsplit: a layer whose MLP cannot run a part of a step's tokens pruned, in words; None where all can.
         guarded: whether the guard may leave a prompt dense in any layer.
+        pruning: what the layers know that prune prompts.
     """
 
     layer: LayerInfo
@@ -41,6 +42,7 @@ class ModelInfo(NamedTuple):
     heads: bool
     unsplit: str | None
     guarded: bool = False
+    pruning: tuple[LayerInfo, ...] = ()
 
     @property
     def settings(self) -> ProbePruningConfig:
@@ -82,7 +84,23 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         )
     check_packed(info.settings, info.heads, module, kwargs)
     _check_cache(info, args, kwargs)
+    _say_dense(info, args, kwargs)
     return None
+
+
+def _say_dense(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Of a prompt that no layer prunes by the cost model, which nobody asked for: once, and not inside a compiler."""
+    if info.settings.guard is not None or not info.guarded or torch.compiler.is_compiling():
+        return
+    batch, length = _shape(args, kwargs)
+    cached = kwargs.get("past_key_values") is not None
+    if length >= info.settings.min_select_tokens and all(i.too_small(batch * length, cached) for i in info.pruning):
+        least = min(i.guard_tokens for i in info.pruning)
+        warnings.warn(
+            f"a call of fewer than {least} tokens runs dense: by the cost model deciding would take longer than it "
+            "saves (pp_fx.explain shows it by layer); set guard=False to prune every call",
+            stacklevel=2,
+        )
 
 
 def _check_cache(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:

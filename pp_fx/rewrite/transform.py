@@ -118,7 +118,9 @@ def transform(model: nn.Module, config: ProbePruningConfig | dict | None = None)
         heads = any("attention" in states and states["attention"].prunes for _, _, states in prepared)
         inside = Inside.of(layers, _reads(structures.values()))
         guarded = any(layer.__dict__[LAYER].guard_tokens for layer in layers)
-        holder.__dict__[MODEL] = ModelInfo(layers[0].__dict__[LAYER], prunes, inside, heads, unsplit(layers), guarded)
+        infos = [layer.__dict__[LAYER] for layer in layers]
+        pruning = tuple(i for i, layer in zip(infos, prepared, strict=True) if any(s.prunes for s in layer[2].values()))
+        holder.__dict__[MODEL] = ModelInfo(infos[0], prunes, inside, heads, unsplit(layers), guarded, pruning)
         for name, function in SHADOWED.items():
             if hasattr(model, name):
                 model.__dict__[name] = functools.partial(function, model)

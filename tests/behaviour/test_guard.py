@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -213,10 +214,23 @@ def test_a_step_of_an_engine_is_judged_by_its_prompt_tokens(modelled):
     config = dataclasses.replace(modelled, decode="auto", attention_ratio=0.0, step_batch=None)
     info = pp_fx.transform(tiny_llama(), config).model.layers[1].pp_layer
     row = torch.zeros(1, 100, 64)
-    few = EngineStep(torch.arange(63), torch.arange(63, 100))
-    many = EngineStep(torch.arange(64), torch.arange(64, 100))
+    few = EngineStep(torch.arange(63), torch.arange(63, 100), prunes=True)
+    many = EngineStep(torch.arange(64), torch.arange(64, 100), prunes=True)
     assert not plan_call(info, row, None, {STEP: few}).selects
     plan = plan_call(info, row, None, {STEP: many})
     assert (plan.selects, plan.shape, plan.engine) == (True, (1, 64), many)
     info.settings = dataclasses.replace(info.settings, freeze_history=True)  # decides nothing while it runs
     assert plan_call(info, row, None, {STEP: few}).once
+
+
+def test_a_prompt_that_no_layer_prunes_says_so_once(modelled):
+    model = pp_fx.transform(tiny_llama(), dataclasses.replace(modelled, decode="dense"))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            model(torch.randint(2, 97, (1, 40)))
+        assert ["fewer than 64 tokens runs dense" in str(w.message) for w in said] == [True]
+        model(torch.randint(2, 97, (2, 40)))  # large enough
+        model(torch.randint(2, 97, (1, 8)))  # below min_select_tokens
+        pp_fx.calibrate(model, torch.randint(2, 97, (2, 40)), batch_size=1, progress=False)  # prunes whatever the size
+    assert len(said) == 1
