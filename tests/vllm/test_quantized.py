@@ -54,10 +54,12 @@ def quantization(folder):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("settings", [SETTINGS, STEP], ids=["dense", "step"])
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, STEP, dataclasses.replace(STEP, step_probe="int8")], ids=["dense", "step", "step_probe"]
+)
 def test_a_saved_folder_is_served_as_transformers_runs_it(dense_folder, tmp_path, settings, apart, compiled):
-    if apart and compiled:
-        pytest.skip("where the settings lie does not meet compilation")
+    if compiled and (apart or settings.step_probe is not None):
+        pytest.skip("what ranks and where the settings lie do not meet compilation")
     model = pp_fx.calibrate(pp_fx.transform(rounded(dense_folder), settings), IDS[:8].flip(1), progress=False)
     model.save_pretrained(tmp_path, quantization_config=not apart)
     wanted, made = expected(model, IDS[:4], 8)

@@ -20,7 +20,7 @@ from ... import kernels
 from ...config import ProbePruningConfig
 from ...errors import UnsupportedModelError
 from ...kernels.coded import encode
-from ...layouts import by_columns, is_plain, stored_bytes, take_columns, widened
+from ...layouts import by_columns, is_plain, row_range, stored_bytes, take_columns, widened
 from ...methods import Compensation
 from ...process_settings import own_defaults
 from ...rewrite.widths import kept_units, step_units
@@ -122,7 +122,8 @@ class PrunedMlp:
         )
         if self.state.steps:
             bits = self.settings.step_probe
-            gate = None if bits is None else encode(widened(self._inputs[: self.channels]), int(bits[3:]))
+            rows = row_range(self._inputs, (0, self.channels, 1))
+            gate = None if bits is None else encode(widened(rows), int(bits[3:]))
             self.state.refresh(self._output, None, gate)
         self.ready = True
 
