@@ -12,10 +12,11 @@ import pp_fx
 from .conftest import IDS, SETTINGS, calibrated, engine, expected, generate, logprobs, steps_of, tokens
 
 
-def test_ratio_zero_is_vllm(dense_folder):
-    with engine(dense_folder) as llm:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ratio_zero_is_vllm(dense_folder, compiled):
+    with engine(dense_folder, enforce_eager=not compiled) as llm:
         dense = tokens(generate(llm, IDS))
-    with engine(dense_folder, pruning={"mlp_ratio": 0.0}) as llm:
+    with engine(dense_folder, pruning={"mlp_ratio": 0.0}, enforce_eager=not compiled) as llm:
         assert tokens(generate(llm, IDS)) == dense
 
 
