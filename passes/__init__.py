@@ -14,6 +14,7 @@ from .insert_split import InsertSplit
 from .insert_step import InsertStep
 from .localize_weights import LocalizeWeights
 from .normalize_linears import NormalizeLinears
+from .step_linears import StepLinears
 from .sum_shards import SumShards
 
 
@@ -33,6 +34,7 @@ def probe_pruning(config: ProbePruningConfig | None = None) -> PassManager:
             InsertCompensation(),
             InsertHistory(),
             InsertSplit(rolls=config.decode == "rolling"),
+            *([StepLinears()] if config.steps else []),
             LocalizeWeights(),
             Cleanup(),
         ]
@@ -58,6 +60,7 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "StepLinears",
     "SumShards",
     "probe_pruning",
 ]

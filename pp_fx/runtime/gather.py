@@ -22,6 +22,7 @@ from .plan import Plan
 from .select import reuse, selects
 from .selections import Selection
 from .state import GroupState
+from .step import linear
 
 Linear = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
@@ -41,6 +42,7 @@ def gather_rows(
     ahead: tuple[Tensor | None, ...] | None = None,
     *,
     step: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Input projections of the kept units.
 
@@ -52,6 +54,7 @@ def gather_rows(
             layers, run all of theirs.
         ahead: what `rows_ahead` has computed of them.
         step: what `step.gated_step` has made of the MLP, if it did: then what follows runs on no channels.
+        plan: of the call, where decode steps have kernels for what runs whole (`step.linear`).
 
     Returns:
         [B, T, kept columns] for every pruned projection, [B, T, C] for the others.
@@ -64,7 +67,7 @@ def gather_rows(
         if selection is None:
             layout = layout[:pruned]
     if selection is None:
-        outputs = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        outputs = [linear(plan, x, w, b) for w, b in zip(weights, biases, strict=True)]
         return tuple(_part(outputs[i], rows) for i, rows in layout)
     columns, exports = selection.columns, selection.exports
     picked = [_index(rows, columns) if i < pruned else rows for i, (_, rows) in enumerate(layout)]
@@ -147,16 +150,17 @@ def gather_columns(
     *,
     compensation: Compensation | None = None,
     step: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Output projection of the kept units: z [B, T, kept columns], weight [H, C] -> [B, T, H].
 
-    A `step` [B, T, H] has made it already. The compensation's vector is added like a bias, its correction to the kept
-    columns.
+    A `step` [B, T, H] has made it already; `plan` as for `gather_rows`. The compensation's vector is added like a bias,
+    its correction to the kept columns.
     """
     if step is not None:
         return step
     if selection is None:
-        return F.linear(z, weight, bias)
+        return linear(plan, z, weight, bias)
     if not is_plain(weight):
         return _quantized_columns(selection, z, weight, bias, compensation)
     if selection.compacts and not selection.output_due:

@@ -98,6 +98,29 @@ def strongest_columns(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, 
     return out.view(*z.shape[:-1], -1)
 
 
+def linear(plan: Plan | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer that runs whole: in a decode step on a CPU by the kernel for few tokens.
+
+    torch's product of so few rows does not run at the memory's speed (docs/research/speed.md, section 11).
+
+    Args:
+        x: [.., in].
+        weight, bias: [out, in], and [out] or None.
+
+    Returns:
+        [.., out]; of other calls than decode steps `torch.nn.functional.linear`, bit for bit.
+    """
+    if plan is None or not plan.steps or plan.exports or weight.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    if x.dtype != weight.dtype or not strongest.serves(weight, rows.shape[0]):
+        return F.linear(x, weight, bias)
+    codes = _Read(weight, None) if is_plain(weight) else codes_of(weight)
+    if codes is None or codes.numbers.stride(1) != 1:
+        return F.linear(x, weight, bias)
+    return strongest.linear_rows(rows, codes.numbers, bias, codes.scales).view(*x.shape[:-1], -1)
+
+
 def steps(state: GroupState, plan: Plan) -> bool:
     """Whether the tokens of this call, or of an engine's step those that decode, choose for themselves."""
     return plan.steps and state.steps and state.mode != "calibrate"

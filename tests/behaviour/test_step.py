@@ -86,6 +86,23 @@ def test_a_token_does_not_depend_on_its_batch_nor_on_how_tokens_are_cut_into_cal
         torch.testing.assert_close(alone, together[row : row + 1], atol=1e-4, rtol=1e-4)
 
 
+def test_attention_reads_its_weights_by_the_kernel_too(monkeypatch):
+    """The four projections and the gate of every layer; in calls of more tokens than kernels take none."""
+    read, plain = [], strongest.linear_rows
+
+    def counted(x, weight, *rest):
+        read.append(weight.data_ptr())
+        return plain(x, weight, *rest)
+
+    monkeypatch.setattr(strongest, "linear_rows", counted)
+    model = pp_fx.transform(tiny_llama(), config())
+    wanted = run(eager(tiny_llama(), 0.5), [1, 9])
+    torch.testing.assert_close(run(model, [1, 9]), wanted, atol=1e-4, rtol=1e-4)
+    attention = [m.weight.data_ptr() for layer in model.model.layers for m in layer.self_attn.children()]
+    gates = [layer.mlp.gate_proj.weight.data_ptr() for layer in model.model.layers]
+    assert sorted(read) == sorted(attention + gates)
+
+
 def test_nothing_of_a_choice_stays_on_the_cache():
     model = pp_fx.transform(tiny_llama(), config(mlp_ratio=0.3))
     cache = DynamicCache(config=model.config)

@@ -13,6 +13,7 @@ from pp_fx.passes import BlockGraph, Cut, FindChannelGroups, FreeHeadCount, Inse
 from pp_fx.runtime.gather import gather_columns, gather_rows
 from pp_fx.runtime.shard_sum import sum_of_shards
 from pp_fx.runtime.split import join_rows
+from pp_fx.runtime.step import linear
 from pp_fx.shards import local
 from tests.helpers.families import build
 from tests.helpers.models import tiny_llama
@@ -41,6 +42,7 @@ def test_match_counts(llama):
         "InsertSplit": 1,
         "SumShards": 0,  # of tensor parallel layers
         "LocalizeWeights": 0,
+        "StepLinears": 6,  # keys, values, and the products of both groups
     }
 
 
@@ -72,7 +74,7 @@ def test_the_graph_reads_like_the_paper(llama):
         order = [names.index(f"{kind}_{role}") for role in expected] + [names.index(k) for k in kept]
         assert order == sorted(order)
         assert names.index(f"{kind}_history") > order[-1]
-    linears = [n.target for n in llama.model.layers[2].graph.nodes if n.target is torch.ops.aten.linear.default]
+    linears = [n for n in llama.model.layers[2].graph.nodes if n.target is linear]
     gathers = [n for n in llama.model.layers[2].graph.nodes if n.target in (gather_rows, gather_columns)]
     assert (len(linears), len(gathers)) == (2, 4)  # keys and values stay whole
 
