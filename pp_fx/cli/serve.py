@@ -26,6 +26,8 @@ ENGINES = ("vllm", "transformers")
 SELECT_TOKENS = 256
 """Steps of fewer prompt tokens run dense: with the default's 60% of a layer dropped a selection pays from 128 to 256
 on, with 30% from about 512 (docs/measured.md). A configuration that is given says it itself."""
+SELECT_QUANTIZED = 1024
+"""Likewise of weights that are quantized already."""
 
 
 @app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -63,7 +65,9 @@ def serve(
         settings = read_settings(preset, config, mlp_ratio, None, skip_layers, decode, decode_ratio)
         check_fit(settings, model)
         if config is None:
-            settings = dataclasses.replace(settings, min_select_tokens=SELECT_TOKENS)
+            quantized = getattr(stored, "quantization_config", None) is not None
+            least = SELECT_QUANTIZED if quantized else SELECT_TOKENS
+            settings = dataclasses.replace(settings, min_select_tokens=least)
     elif (mlp_ratio, skip_layers, decode, decode_ratio, preset, config) != (None, None, None, None, "default", None):
         raise InputError(
             f"model={model!r} is saved with its own pruning; leave ratios, layers, decode, preset and config out"

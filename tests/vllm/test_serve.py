@@ -48,6 +48,7 @@ def test_what_quantized_the_weights_stays_known(started, dense_folder, tmp_path)
     command = started(str(tmp_path), "--mlp-ratio", "0.1", "--skip-layers", "1")
     found = json.loads(command[command.index("--hf-overrides") + 1])["quantization_config"]
     assert (found["quant_method"], found["mlp_ratio"], found["quantization"]) == ("pp_fx", 0.1, own)
+    assert found["min_select_tokens"] == 1024
 
 
 def test_a_saved_folder_keeps_its_own(started, pruned_folder, capsys):
