@@ -84,16 +84,18 @@ def check_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         )
     check_packed(info.settings, info.heads, module, kwargs)
     _check_cache(info, args, kwargs)
-    _say_dense(info, args, kwargs)
+    _say_dense(info, module, args, kwargs)
     return None
 
 
-def _say_dense(info: ModelInfo, args: tuple, kwargs: dict[str, Any]) -> None:
+def _say_dense(info: ModelInfo, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Of a prompt that no layer prunes by the cost model, which nobody asked for: once, and not inside a compiler."""
     if info.settings.guard is not None or not info.guarded or torch.compiler.is_compiling():
         return
     batch, length = _shape(args, kwargs)
-    cached = kwargs.get("past_key_values") is not None
+    makes = kwargs.get("use_cache")
+    makes = getattr(getattr(module, "config", None), "use_cache", False) if makes is None else makes
+    cached = kwargs.get("past_key_values") is not None or makes  # the model makes a cache of its own
     if length >= info.settings.min_select_tokens and all(i.too_small(batch * length, cached) for i in info.pruning):
         least = min(i.guard_tokens for i in info.pruning)
         warnings.warn(

@@ -234,3 +234,15 @@ def test_a_prompt_that_no_layer_prunes_says_so_once(modelled):
         model(torch.randint(2, 97, (1, 8)))  # below min_select_tokens
         pp_fx.calibrate(model, torch.randint(2, 97, (2, 40)), batch_size=1, progress=False)  # prunes whatever the size
     assert len(said) == 1
+
+
+def test_a_prompt_whose_selection_decoding_reuses_is_pruned_and_says_nothing(modelled):
+    """On a KV cache, the caller's or the model's own; without one it runs dense, and says so."""
+    model, dense = pp_fx.transform(tiny_llama(), modelled), tiny_llama()
+    ids = torch.randint(2, 97, (1, 40))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-3)
+        assert not said
+        torch.testing.assert_close(model(ids, use_cache=False).logits, dense(ids).logits)
+    assert ["runs dense" in str(w.message) for w in said] == [True]
