@@ -20,12 +20,12 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What they multiply, as they are told of it."""
 _SIGNATURES = {
     "pp_fx_multiplies_pairs": "",
-    "pp_fx_linear": "i p s p p p p s s s i",
+    "pp_fx_linear": "i p s p p s p p p s s s i",
     "pp_fx_coded_linear": "i i p p p p s s s i",
-    "pp_fx_chosen_linear": "i p p s p p p p s s s s i",
+    "pp_fx_chosen_linear": "i p p s p p s p p p s s s s i",
     "pp_fx_columns": "i p s p s p s s i",
     "pp_fx_kept_rows_linear": "p s p s p p s s i",
-    "pp_fx_strongest": "i p p p p s p p p s p p p s s s s s i",
+    "pp_fx_strongest": "i p p p p s p p s p p s p p s p p s s s s s i",
 }
 _KINDS = {"i": ctypes.c_int, "p": ctypes.c_void_p, "s": ctypes.c_size_t}
 
@@ -65,15 +65,32 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def native_linear(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
-    """x [N, H] through a weight [C, H] with contiguous rows, of x's dtype, or int8 with scales fp32 [C]: [N, C]."""
+def as_read(scales: Tensor | None, zeros: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Scales and zeros of groups as the kernels read them, for inputs of this dtype; scales of rows as they are."""
+    if scales is None or zeros is None:
+        return scales, None
+    return scales.to(dtype).contiguous(), zeros.contiguous()
+
+
+def native_linear(
+    library: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """As `pp_fx.kernels.strongest.linear_rows`."""
     x = x.contiguous()
+    scales, zeros = as_read(scales, zeros, x.dtype)
     y = x.new_empty(x.shape[0], weight.shape[0])
     library.pp_fx_linear(
         TYPES[x.dtype],
         weight.data_ptr(),
         weight.stride(0),
         pointer(scales),
+        pointer(zeros),
+        0 if zeros is None else weight.shape[1] // zeros.shape[1],
         pointer(bias),
         x.data_ptr(),
         y.data_ptr(),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native_kernels import TYPES, native, native_linear, pointer
+from .native_kernels import TYPES, as_read, native, native_linear, pointer
 
 MOST_TOKENS = 8
 """Of a call for the kernels: with more, nearly every channel is chosen by some token."""
@@ -32,19 +32,22 @@ def serves(weight: Tensor, tokens: int) -> bool:
     )
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+def linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """A linear layer of few tokens.
 
     Args:
         x: [N, H], fp32, fp16 or bf16.
         weight: [C, H] whose rows are contiguous, of x's dtype; int8 with scales.
         bias: [C] or None.
-        scales: fp32 [C], what a row of int8 numbers is multiplied by; or None.
+        scales: of int8 numbers, fp32 [C], for each row; with zeros [C, G], for each of its G groups of equal size.
+        zeros: int8 [C, G], what is taken off a group's numbers; or None.
 
     Returns:
         [N, C].
     """
-    return torch.ops.pp_fx.linear_rows(x, weight, bias, scales)
+    return torch.ops.pp_fx.linear_rows(x, weight, bias, scales, zeros)
 
 
 def strongest(
@@ -58,6 +61,8 @@ def strongest(
     count: int,
     up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    up_zeros: Tensor | None = None,
+    down_zeros: Tensor | None = None,
 ) -> Tensor:
     """sum over a token's chosen channels c of factor_c * (x . up_c) * down_c.
 
@@ -71,29 +76,38 @@ def strongest(
         up, up_bias: [C, H] whose rows are contiguous, and [C]; or None.
         down, down_bias: [C, O], the output projection's weight transposed, with contiguous rows; [O] or None.
         count: in [1, C].
-        up_scales, down_scales: fp32 [C] and [O], of weights that are int8, both; or None.
+        up_scales, down_scales: of weights that are int8, both: fp32 [C] and [O], or with zeros [C, G] and [G', O].
+        up_zeros, down_zeros: int8 [C, G] and [G', O], of both, what is taken off the numbers of a group of input
+            features; or None.
 
     Returns:
         [N, O].
     """
-    return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count, up_scales, down_scales)
+    scaling = up_scales, down_scales, up_zeros, down_zeros
+    return torch.ops.pp_fx.strongest(strength, factor, x, up, up_bias, down, down_bias, count, *scaling)
 
 
 def chosen_rows(
-    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+    strength: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: int,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """A linear layer's results for each token's chosen channels, 0 for the others.
 
     Args:
         strength: fp32 [N, C], at least 0.
         x: [N, H].
-        weight, bias, scales: as of `linear_rows`.
+        weight, bias, scales, zeros: as of `linear_rows`.
         count: in [1, C].
 
     Returns:
         [N, C].
     """
-    return torch.ops.pp_fx.chosen_rows(strength, x, weight, bias, count, scales)
+    return torch.ops.pp_fx.chosen_rows(strength, x, weight, bias, count, scales, zeros)
 
 
 def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
@@ -102,22 +116,27 @@ def masked(strength: Tensor, z: Tensor, count: int) -> Tensor:
     return torch.where(strength >= least, z, 0.0)
 
 
+_SCALING = "Tensor? scales=None, Tensor? zeros=None"
 _library = torch.library.Library("pp_fx", "FRAGMENT")
-_library.define("linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? scales=None) -> Tensor")
-_library.define(
-    "chosen_rows(Tensor strength, Tensor x, Tensor weight, Tensor? bias, int count, Tensor? scales=None) -> Tensor"
-)
+_library.define(f"linear_rows(Tensor x, Tensor weight, Tensor? bias, {_SCALING}) -> Tensor")
+_library.define(f"chosen_rows(Tensor strength, Tensor x, Tensor weight, Tensor? bias, int count, {_SCALING}) -> Tensor")
 _library.define(
     "strongest(Tensor strength, Tensor factor, Tensor x, Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
-    "int count, Tensor? up_scales=None, Tensor? down_scales=None) -> Tensor"
+    "int count, Tensor? up_scales=None, Tensor? down_scales=None, Tensor? up_zeros=None, Tensor? down_zeros=None) "
+    "-> Tensor"
 )
 
 
-def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+def _plain_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
     if scales is None:
         return F.linear(x, weight, bias)
-    made = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
-    return made if bias is None else made + bias
+    if zeros is None:
+        made = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+        return made if bias is None else made + bias
+    groups = weight.to(x.dtype).unflatten(1, (zeros.shape[1], -1)) - zeros.to(x.dtype)[..., None]
+    return F.linear(x, (groups * scales.to(x.dtype)[..., None]).flatten(1), bias)
 
 
 def plain_strongest(
@@ -131,25 +150,36 @@ def plain_strongest(
     count: int,
     up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    up_zeros: Tensor | None = None,
+    down_zeros: Tensor | None = None,
 ) -> Tensor:
     """As `strongest`, by torch's own products, which have gradients: everything runs, what is not chosen is masked."""
-    z = factor if up is None else factor * _plain_linear(x, up, up_bias, up_scales)
-    return _plain_linear(masked(strength, z, count), down.t(), down_bias, down_scales)
+    z = factor if up is None else factor * _plain_linear(x, up, up_bias, up_scales, up_zeros)
+    if down_scales is not None and down_zeros is not None:
+        down_scales, down_zeros = down_scales.t(), down_zeros.t()
+    return _plain_linear(masked(strength, z, count), down.t(), down_bias, down_scales, down_zeros)
 
 
 def _plain_chosen(
-    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, *scaling: Tensor | None
 ) -> Tensor:
-    return masked(strength, _plain_linear(x, weight, bias, scales), count)
+    return masked(strength, _plain_linear(x, weight, bias, *scaling), count)
 
 
 def _native_chosen(
-    strength: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, scales: Tensor | None = None
+    strength: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: int,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     library = native()
     if library is None or weight.stride(1) != 1:
-        return _plain_chosen(strength, x, weight, bias, count, scales)
+        return _plain_chosen(strength, x, weight, bias, count, scales, zeros)
     strength, x = strength.float().contiguous(), x.contiguous()
+    scales, zeros = as_read(scales, zeros, x.dtype)
     y = x.new_empty(strength.shape)
     library.pp_fx_chosen_linear(
         TYPES[x.dtype],
@@ -157,6 +187,8 @@ def _native_chosen(
         weight.data_ptr(),
         weight.stride(0),
         pointer(scales),
+        pointer(zeros),
+        0 if zeros is None else weight.shape[1] // zeros.shape[1],
         pointer(bias),
         x.data_ptr(),
         y.data_ptr(),
@@ -168,11 +200,11 @@ def _native_chosen(
     return y
 
 
-def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Tensor:
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *scaling: Tensor | None) -> Tensor:
     library = native()
     if library is None or weight.stride(1) != 1:
-        return _plain_linear(x, weight, bias, scales)
-    return native_linear(library, x, weight, bias, scales)
+        return _plain_linear(x, weight, bias, *scaling)
+    return native_linear(library, x, weight, bias, *scaling)
 
 
 def _native_strongest(
@@ -186,11 +218,16 @@ def _native_strongest(
     count: int,
     up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    up_zeros: Tensor | None = None,
+    down_zeros: Tensor | None = None,
 ) -> Tensor:
     library = native()
     if library is None or down.stride(1) != 1 or (up is not None and up.stride(1) != 1):
-        return plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count, up_scales, down_scales)
+        scaling = up_scales, down_scales, up_zeros, down_zeros
+        return plain_strongest(strength, factor, x, up, up_bias, down, down_bias, count, *scaling)
     strength, factor, x = strength.float().contiguous(), factor.contiguous(), x.contiguous()
+    up_scales, up_zeros = as_read(up_scales, up_zeros, x.dtype)
+    down_scales, down_zeros = as_read(down_scales, down_zeros, x.dtype)
     y = x.new_empty(x.shape[0], down.shape[1])
     library.pp_fx_strongest(
         TYPES[x.dtype],
@@ -200,10 +237,14 @@ def _native_strongest(
         pointer(up),
         0 if up is None else up.stride(0),
         pointer(up_scales),
+        pointer(up_zeros),
+        0 if up_zeros is None else x.shape[1] // up_zeros.shape[1],
         pointer(up_bias),
         down.data_ptr(),
         down.stride(0),
         pointer(down_scales),
+        pointer(down_zeros),
+        0 if down_zeros is None else down.shape[0] // down_zeros.shape[0],
         pointer(down_bias),
         y.data_ptr(),
         *strength.shape,

@@ -24,10 +24,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Codes(NamedTuple):
-    """A weight as int8 numbers [out, in] and a scale for each row, fp32 [out]: what native kernels read."""
+    """A weight as native kernels read it.
+
+    Attributes:
+        numbers: int8 [out, in].
+        scales: fp32 [out], for each row; with zeros [out, groups], for each of its groups of input features.
+        zeros: int8 [out, groups], what is taken off the numbers of a group; None with scales for rows.
+    """
 
     numbers: Tensor
     scales: Tensor
+    zeros: Tensor | None = None
+
+    def transposed(self) -> Codes:
+        """A copy whose rows are the input features: numbers [in, out], scales [out] or [groups, out], as the zeros."""
+        numbers = self.numbers.t().contiguous()
+        if self.zeros is None:
+            return Codes(numbers, self.scales)
+        return Codes(numbers, self.scales.t().contiguous(), self.zeros.t().contiguous())
 
 
 class Layout(ABC):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .layout import LAYOUTS, Layout, rebuilt
+from .layout import LAYOUTS, Codes, Layout, rebuilt
 
 
 class ScaledGroups(Layout):
@@ -35,6 +36,11 @@ class ScaledGroups(Layout):
         scale, zero = (part.index_select(1, group) for part in (weight.scale, weight.zero_point))
         widened: Tensor = (numbers.to(weight.dtype) - zero.to(weight.dtype)) * scale.to(weight.dtype)
         return widened
+
+    def codes(self, weight: Any) -> Codes | None:
+        if weight.zero_point.dtype != torch.int8:
+            return None
+        return Codes(weight.qdata, weight.scale.to(weight.dtype), weight.zero_point)
 
 
 LAYOUTS["torchao.IntxUnpackedToInt8Tensor"] = ScaledGroups()

@@ -98,6 +98,17 @@ def warn_odd(config: ProbePruningConfig, model: nn.Module) -> None:
         )
 
 
+_UNREAD = "unread"
+
+
+def _kind_of_codes(weight: Any) -> str:
+    """What kernels read a weight as."""
+    if is_plain(weight):
+        return "plain"
+    codes = codes_of(weight)
+    return _UNREAD if codes is None else "rows" if codes.zeros is None else "groups"
+
+
 def warn_slow_steps(prepared: Any) -> None:
     """Warn of decode steps that save nothing, because no kernel reads the weights that a token chooses of.
 
@@ -110,14 +121,12 @@ def warn_slow_steps(prepared: Any) -> None:
         weights = [layer.get_parameter(path) for path in cls.groups["mlp"].weights]
         if weights[0].device.type != "cpu":
             return
-        odd = next((w for w in weights if not is_plain(w) and codes_of(w) is None), None)
-        if odd is None and len({is_plain(w) for w in weights}) > 1:
-            odd = next(w for w in weights if not is_plain(w))
-        if odd is not None:
+        kinds = {_kind_of_codes(w): type(w).__name__ for w in weights}
+        if _UNREAD in kinds or len(kinds) > 1:
             warnings.warn(
                 f"decode steps that choose channels take the dense model's time: their kernels read MLPs of ordinary "
-                f"or of int8 weights alone, these hold {type(odd).__name__}; quantize all of an MLP to int8, or choose "
-                "decode='sticky' or 'dense'",
+                f"weights, of int8 by row or of integers in groups alone, this one holds {', '.join(kinds.values())}; "
+                "quantize all of an MLP alike, or choose decode='sticky' or 'dense'",
                 stacklevel=4,
             )
             return

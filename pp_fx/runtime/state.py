@@ -19,6 +19,8 @@ from .selections import Selection
 HISTORY_BUFFERS = {"energy": True, "mean": True, "directions": False, "gram": True, "seen": True}
 """Buffers of a GroupState that are its history, and whether prompts update them or calibration alone."""
 
+_OUTPUT = ("output_codes", "output_scales", "output_zeros")
+
 
 class Collector(Protocol):
     """Who takes the statistics of dense forward passes (`pp_fx.calibration.collect`)."""
@@ -36,8 +38,9 @@ class GroupState(nn.Module):
         kept_units: how many units a selection keeps; a fixed Python int, so that every shape is static.
         step_units: how many channels each token of a decode step runs; all where tokens do not choose for themselves.
         coded: of a gated MLP that ranks by one, the copy of its gate projection's weight (`pp_fx.kernels.coded`).
-        output_codes: int8 [C, H], a copy of an int8 output projection, transposed, of which the tokens of decode steps
-            read rows; None without steps, and of a weight that lies so itself.
+        output_codes, output_scales, output_zeros: a copy of a quantized output projection, transposed, of which the
+            tokens of decode steps read rows (`Codes.transposed`: int8 [C, H]); None without steps, and of a weight that
+            lies so itself.
         column_norm: fp32 [C], the norm of each channel's column of the output projection; None without steps.
         factor: of a gated MLP, gate projection [.., C] -> what the up projection is multiplied by.
         column: fp32 [units, width], what the score precomputes of the output projection.
@@ -63,6 +66,8 @@ class GroupState(nn.Module):
     column: Tensor
     column_norm: Tensor | None
     output_codes: Tensor | None
+    output_scales: Tensor | None
+    output_zeros: Tensor | None
     gate_codes: Tensor | None
     gate_scales: Tensor | None
     reach: Tensor | None
@@ -114,7 +119,7 @@ class GroupState(nn.Module):
         with torch.inference_mode(False):
             buffer("column", self._column(weight) if self.prunes else None)
             buffer("column_norm", _norms(weight) if self.steps else None)
-            for key in ("output_codes", "gate_codes", "gate_scales"):
+            for key in (*_OUTPUT, "gate_codes", "gate_scales"):
                 buffer(key, None)
             buffer("reach", reach if self.prunes else None)
             buffer("energy", None if sizes is None else torch.zeros(sizes, device=device))
@@ -167,9 +172,9 @@ class GroupState(nn.Module):
             if self.steps:
                 self.column_norm = _norms(weight)
                 self.gate_codes, self.gate_scales = coded or (None, None)
-                codes = codes_of(weight.detach())
-                read = codes is not None and weight.device.type == "cpu"
-                self.output_codes = codes.numbers.t().contiguous() if read else None  # type: ignore[union-attr]
+                codes = codes_of(weight.detach()) if weight.device.type == "cpu" else None
+                parts = (None, None, None) if codes is None else codes.transposed()
+                self.output_codes, self.output_scales, self.output_zeros = parts
 
     def _column(self, weight: Tensor) -> Tensor:
         return SCORES[self.score].column(weight).view(self.units, self.width)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import strongest
 from ..kernels.coded import coded_rows
-from ..layouts import codes_of, is_plain, row_range
+from ..layouts import Codes, codes_of, is_plain, row_range
 from ..process_settings import without_autocast
 from .plan import Plan
 from .state import GroupState
@@ -45,7 +45,7 @@ def gated_step(
     (gate_weight, gate_bias), (up_weight, up_bias) = _rows(gate), _rows(up)
     read = None if plan.exports else _read(state, rows.shape[0], weight, gate_weight, up_weight)
     if state.coded is None:
-        gated = F.linear(rows, gate_weight, gate_bias) if read is None else _linear_rows(rows, read[1], gate_bias)
+        gated = F.linear(rows, gate_weight, gate_bias) if read is None else _linear(rows, read[1], gate_bias)
         factor = _factor(state, gated)
         strength = _strength(state, factor)
     else:
@@ -54,7 +54,8 @@ def gated_step(
         if read is None:
             exact = F.linear(rows, gate_weight, gate_bias)
         else:
-            exact = strongest.chosen_rows(strength, rows, read[1].numbers, gate_bias, count, read[1].scales)
+            numbers, *scaling = read[1]
+            exact = strongest.chosen_rows(strength, rows, numbers, gate_bias, count, *scaling)
         factor = _factor(state, exact)
     if plan.exports:
         out = strongest.strongest(strength, factor, rows, up_weight, up_bias, weight.t(), bias, count)
@@ -63,8 +64,9 @@ def gated_step(
         out = F.linear(strongest.masked(strength, z, count), weight, bias)
     else:
         down, _, up_read = read
-        given = up_read.numbers, up_bias, down.numbers, bias, count, up_read.scales, down.scales
-        out = strongest.strongest(strength, factor, rows, *given)
+        given = up_read.numbers, up_bias, down.numbers, bias, count
+        scaling = up_read.scales, down.scales, up_read.zeros, down.zeros
+        out = strongest.strongest(strength, factor, rows, *given, *scaling)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -93,8 +95,9 @@ def strongest_columns(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, 
     elif read is None:
         out = F.linear(strongest.masked(strength, rows, count), weight, bias)
     else:
-        given = read[0].numbers, bias, count, None, read[0].scales
-        out = strongest.strongest(strength, rows, rows, None, None, *given)
+        numbers, scales, zeros = read[0]
+        scaling = None, scales, None, zeros
+        out = strongest.strongest(strength, rows, rows, None, None, numbers, bias, count, *scaling)
     return out.view(*z.shape[:-1], -1)
 
 
@@ -115,10 +118,10 @@ def linear(plan: Plan | None, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     rows = x.flatten(0, -2)
     if x.dtype != weight.dtype or not strongest.serves(weight, rows.shape[0]):
         return F.linear(x, weight, bias)
-    codes = _Read(weight, None) if is_plain(weight) else codes_of(weight)
+    codes = _Read(weight) if is_plain(weight) else codes_of(weight)
     if codes is None or codes.numbers.stride(1) != 1:
         return F.linear(x, weight, bias)
-    return strongest.linear_rows(rows, codes.numbers, bias, codes.scales).view(*x.shape[:-1], -1)
+    return _linear(rows, codes, bias).view(*x.shape[:-1], -1)
 
 
 def steps(state: GroupState, plan: Plan) -> bool:
@@ -140,10 +143,11 @@ def _strength(state: GroupState, factor: Tensor) -> Tensor:
 
 
 class _Read(NamedTuple):
-    """A weight as the kernels read it: of the input's dtype, or int8 numbers and fp32 scales."""
+    """A weight as the kernels read it: of the input's dtype, or what `Codes` holds."""
 
     numbers: Tensor
-    scales: Tensor | None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
 
 
 def _read(state: GroupState, tokens: int, output: Tensor, *inputs: Tensor) -> list[_Read] | None:
@@ -152,16 +156,20 @@ def _read(state: GroupState, tokens: int, output: Tensor, *inputs: Tensor) -> li
     if not all(strongest.serves(weight, tokens) for weight in weights):
         return None
     if all(map(is_plain, weights)):
-        return [_Read(output.t(), None), *(_Read(weight, None) for weight in inputs)]
-    codes = [codes_of(weight) for weight in weights]
-    if state.output_codes is None or any(one is None for one in codes):
+        return [_Read(output.t()), *(_Read(weight) for weight in inputs)]
+    if state.output_codes is None:
         return None
-    scales = [one.scales for one in codes]  # type: ignore[union-attr]
-    return [_Read(state.output_codes, scales[0]), *(_Read(*one) for one in codes[1:])]  # type: ignore[misc]
+    read = [_Read(state.output_codes, state.output_scales, state.output_zeros)]
+    for codes in map(codes_of, inputs):
+        if codes is None or (codes.zeros is None) != (state.output_zeros is None):
+            return None
+        read.append(_Read(*codes))
+    return read
 
 
-def _linear_rows(x: Tensor, weight: _Read, bias: Tensor | None) -> Tensor:
-    return strongest.linear_rows(x, weight.numbers, bias, weight.scales)
+def _linear(x: Tensor, weight: _Read | Codes, bias: Tensor | None) -> Tensor:
+    numbers, scales, zeros = weight
+    return strongest.linear_rows(x, numbers, bias, scales, zeros)
 
 
 def _rows(part: Part) -> tuple[Tensor, Tensor | None]:

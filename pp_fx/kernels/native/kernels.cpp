@@ -1,8 +1,8 @@
 // The kernels of this folder for torch tensors on a CPU: plain pointers, so that no header of torch is needed.
 
 #include "columns.h"
+#include "grouped.h"
 #include "kept_linear.h"
-#include "strongest.h"
 
 #ifndef PP_FX_VERSION
 #error "define PP_FX_VERSION, as pp_fx.native_library does"
@@ -26,15 +26,37 @@ int with_type(int type, Run run) {
   return 1;
 }
 
-// Weights of the input's type, or int8 with scales.
+// What the numbers of a weight are multiplied by: nothing, a scale fp32 for each output feature, or, where `group` is not
+// 0, a scale of the input's type and a zero for each group of input features. With scales the numbers are int8.
+struct Scales {
+  const void* data;
+  const int8_t* zeros;
+  size_t group;
+};
+
+// `run` receives a weight [output features, width].
 template <class T, class Run>
-void with_weight(const float* scales, Run run) {
-  scales ? run(static_cast<const int8_t*>(nullptr)) : run(static_cast<const T*>(nullptr));
+void with_rows(const void* data, size_t stride, size_t width, Scales scales, Run run) {
+  const auto* numbers = static_cast<const int8_t*>(data);
+  if (scales.group) {
+    run(kernels::Grouped<T>{numbers, stride, width, static_cast<const T*>(scales.data), scales.zeros, scales.group});
+  } else if (scales.data) {
+    run(kernels::Matrix<int8_t>{numbers, stride, width, static_cast<const float*>(scales.data)});
+  } else {
+    run(kernels::Matrix<T>{static_cast<const T*>(data), stride, width});
+  }
 }
 
+// A weight of the kind of another one, [input features, width].
 template <class W>
-kernels::Matrix<W> matrix(const W*, const void* data, size_t stride, size_t width, const float* scales) {
-  return {static_cast<const W*>(data), stride, width, scales};
+kernels::Matrix<W> columns_like(kernels::Matrix<W>, const void* data, size_t stride, size_t width, Scales scales) {
+  return {static_cast<const W*>(data), stride, width, static_cast<const float*>(scales.data)};
+}
+template <class T>
+kernels::GroupedColumns<T> columns_like(kernels::Grouped<T>, const void* data, size_t stride, size_t width,
+                                        Scales scales) {
+  return {static_cast<const int8_t*>(data), stride, width, static_cast<const T*>(scales.data), scales.zeros,
+          scales.group};
 }
 
 }  // namespace
@@ -49,14 +71,14 @@ PP_FX_EXPORT const char* pp_fx_kernels_version() { return PP_FX_VERSION; }
 PP_FX_EXPORT int pp_fx_multiplies_pairs() { return kernels::kMultipliesPairs; }
 
 // x [tokens, depth], weight [rows, depth] -> x weight^T + bias [tokens, rows]. Types: 0 fp32, 1 fp16, 2 bf16.
-// With scales fp32 [rows] the weight is int8.
-PP_FX_EXPORT int pp_fx_linear(int type, const void* weight, size_t stride, const float* scales, const void* bias,
-                              const void* x, void* y, size_t tokens, size_t rows, size_t depth, int threads) {
+PP_FX_EXPORT int pp_fx_linear(int type, const void* weight, size_t stride, const void* scales, const int8_t* zeros,
+                              size_t group, const void* bias, const void* x, void* y, size_t tokens, size_t rows,
+                              size_t depth, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
-    with_weight<T>(scales, [&](auto* kind) {
-      kernels::linear<T>(matrix(kind, weight, stride, depth, scales), static_cast<const T*>(bias),
-                         static_cast<const T*>(x), static_cast<T*>(y), tokens, rows, threads, Threads{});
+    with_rows<T>(weight, stride, depth, {scales, zeros, group}, [&](auto matrix) {
+      kernels::linear(matrix, static_cast<const T*>(bias), static_cast<const T*>(x), static_cast<T*>(y), tokens, rows,
+                      threads, Threads{});
     });
   });
 }
@@ -74,33 +96,36 @@ PP_FX_EXPORT int pp_fx_coded_linear(int type, int bits, const void* codes, const
   });
 }
 
-// y [tokens, channels]; strength [tokens, channels], x [tokens, depth], weight [channels, depth], scales [channels].
+// y [tokens, channels]; strength [tokens, channels], x [tokens, depth], weight [channels, depth].
 PP_FX_EXPORT int pp_fx_chosen_linear(int type, const float* strength, const void* weight, size_t stride,
-                                     const float* scales, const void* bias, const void* x, void* y, size_t tokens,
-                                     size_t channels, size_t depth, size_t count, int threads) {
+                                     const void* scales, const int8_t* zeros, size_t group, const void* bias,
+                                     const void* x, void* y, size_t tokens, size_t channels, size_t depth,
+                                     size_t count, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
-    with_weight<T>(scales, [&](auto* kind) {
-      kernels::chosen_linear<T>(strength, matrix(kind, weight, stride, depth, scales), static_cast<const T*>(bias),
-                                static_cast<const T*>(x), static_cast<T*>(y), tokens, channels, count, threads,
-                                Threads{});
+    with_rows<T>(weight, stride, depth, {scales, zeros, group}, [&](auto matrix) {
+      kernels::chosen_linear(strength, matrix, static_cast<const T*>(bias), static_cast<const T*>(x),
+                             static_cast<T*>(y), tokens, channels, count, threads, Threads{});
     });
   });
 }
 
 // y [tokens, out]; strength and factor [tokens, channels], x [tokens, depth], up [channels, depth] or null, down
-// [channels, out]. With scales ([channels], [out]) both weights are int8.
+// [channels, out], scaled alike.
 PP_FX_EXPORT int pp_fx_strongest(int type, const float* strength, const void* factor, const void* x, const void* up,
-                                 size_t up_stride, const float* up_scales, const void* up_bias, const void* down,
-                                 size_t down_stride, const float* down_scales, const void* down_bias, void* y,
+                                 size_t up_stride, const void* up_scales, const int8_t* up_zeros, size_t up_group,
+                                 const void* up_bias, const void* down, size_t down_stride, const void* down_scales,
+                                 const int8_t* down_zeros, size_t down_group, const void* down_bias, void* y,
                                  size_t tokens, size_t channels, size_t depth, size_t out, size_t count, int threads) {
   return with_type(type, [&](auto one) {
     using T = decltype(one);
     auto of = [](const void* p) { return static_cast<const T*>(p); };
-    with_weight<T>(down_scales, [&](auto* kind) {
-      kernels::strongest<T>(strength, of(factor), of(x), matrix(kind, up, up_stride, depth, up_scales), of(up_bias),
-                            matrix(kind, down, down_stride, out, down_scales), of(down_bias), static_cast<T*>(y),
-                            tokens, channels, count, threads, Threads{});
+    const Scales of_down = {down_scales, down_zeros, down_group};
+    const Scales of_up = up ? Scales{up_scales, up_zeros, up_group} : of_down;
+    with_rows<T>(up, up_stride, depth, of_up, [&](auto rows) {
+      kernels::strongest(strength, of(factor), of(x), rows, of(up_bias),
+                         columns_like(rows, down, down_stride, out, of_down), of(down_bias), static_cast<T*>(y), tokens,
+                         channels, count, threads, Threads{});
     });
   });
 }

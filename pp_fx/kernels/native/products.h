@@ -1,6 +1,6 @@
 // Products of few rows with weights that are read once, from memory, in the order in which they lie there.
 //
-// Compiler vectors (GCC, Clang) of 16 floats, whatever the machine's own width; sums are in fp32.
+// Compiler vectors (GCC, Clang) as wide as the machine's registers: GCC keeps wider ones in memory. Sums are in fp32.
 #pragma once
 
 #ifdef __AVX2__
@@ -15,7 +15,13 @@
 
 namespace kernels {
 
+#if defined(__AVX512F__)
 constexpr size_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr size_t kLanes = 8;
+#else
+constexpr size_t kLanes = 4;
+#endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 using Half = _Float16;
@@ -59,18 +65,14 @@ inline Lanes load(const BFloat16* p) {
   std::memcpy(&shorts, p, sizeof shorts);
   return reinterpret_cast<Lanes>(__builtin_convertvector(shorts, Words) << 16);
 }
-// Sixteen bytes, widened; compilers do it one by one.
+// Bytes, widened; compilers do it one by one.
 inline Lanes load(const int8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(
       _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 #elif defined(__AVX2__)
-  float wide[kLanes];
-  for (size_t i = 0; i < kLanes; i += 8) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i));
-    _mm256_storeu_ps(wide + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
-  }
-  return load(wide);
+  return reinterpret_cast<Lanes>(
+      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes bytes;

@@ -148,7 +148,7 @@ class Rows {
   std::vector<float> numbers_;
 };
 
-// Sixteen output features of a weight side by side, widened.
+// Output features of a weight side by side, widened.
 class Panel {
  public:
   static constexpr int kTokens = 4;

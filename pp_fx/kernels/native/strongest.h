@@ -35,7 +35,7 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // out[t] = w . x[t] for N rows x; meanwhile `next` comes out of the memory.
 template <int N, class T>
 inline void dots(const T* w, const float* const* x, size_t depth, const T* next, float* out) {
-  constexpr int kChains = N == 1 ? 4 : 1;  // of additions, for each row
+  constexpr int kChains = (N == 1 ? 64 : 16) / kLanes;  // of additions, for each row
   constexpr size_t kStep = kChains * kLanes;
   Lanes sums[N][kChains] = {};
   size_t k = 0;
@@ -54,18 +54,27 @@ inline void dots(const T* w, const float* const* x, size_t depth, const T* next,
   }
 }
 
-// `take(t, w . x[t])` for all of the `count` rows x.
-template <class T, class Take>
-inline void dots_of(const T* w, const float* const* x, size_t count, size_t depth, const T* next, Take take) {
+// `run(N, t, out)` makes N results from row t on, 4, 2 or 1 at a time; `take(t, result)` receives all of the `count`.
+template <class Take, class Run>
+inline void in_fours(size_t count, Take take, Run run) {
   float out[4];
   for (size_t t = 0; t < count;) {
     const size_t left = count - t, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    if (taken == 4) dots<4>(w, x + t, depth, next, out);
-    if (taken == 2) dots<2>(w, x + t, depth, next, out);
-    if (taken == 1) dots<1>(w, x + t, depth, next, out);
+    if (taken == 4) run(std::integral_constant<int, 4>{}, t, out);
+    if (taken == 2) run(std::integral_constant<int, 2>{}, t, out);
+    if (taken == 1) run(std::integral_constant<int, 1>{}, t, out);
     for (size_t i = 0; i < taken; ++i) take(t + i, out[i]);
     t += taken;
   }
+}
+
+// `take(t, row r . x[t])` for all of the `count` rows x; meanwhile row `next` comes out of the memory.
+template <class W, class Take>
+inline void products(Matrix<W> weight, size_t r, size_t next, const float* const* x, size_t count, Take take) {
+  const float scale = weight.scale(r);
+  in_fours(count, [&](size_t t, float total) { take(t, total * scale); }, [&](auto many, size_t t, float* out) {
+    dots<decltype(many)::value>(weight.row(r), x + t, weight.width, weight.row(next), out);
+  });
 }
 
 template <class T>
@@ -76,12 +85,12 @@ std::vector<float> floats(const T* x, size_t count) {
 }
 
 // x weight^T + bias: x [tokens, depth], weight [rows, depth] -> y [tokens, rows].
-template <class T, class W, class ParallelFor>
-void linear(Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
+template <class T, class Weight, class ParallelFor>
+void linear(Weight weight, const T* bias, const T* x, T* y, size_t tokens, size_t rows, size_t tasks,
             ParallelFor parallel_for) {
   const size_t depth = weight.width;
 #ifdef PP_FX_PAIRS
-  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<W, BFloat16>) {
+  if constexpr (std::is_same_v<Weight, Matrix<BFloat16>>) {
     if (tokens > 1) {  // a single row waits for the memory, which the code below reads as one stream
       return parallel_for(tasks, [&](size_t task) {
         pair_products([&](size_t r) { return weight.row(r); }, x, tokens, depth, rows * task / tasks,
@@ -98,9 +107,9 @@ void linear(Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens, si
   parallel_for(tasks, [&](size_t task) {
     const size_t end = rows * (task + 1) / tasks;
     for (size_t r = rows * task / tasks; r < end; ++r) {
-      const float add = bias ? widen(bias[r]) : 0, scale = weight.scale(r);
-      dots_of(weight.row(r), of.data(), tokens, depth, weight.row(std::min(r + kAhead, end - 1)),
-              [&](size_t t, float total) { narrow(total * scale + add, y[t * rows + r]); });
+      const float add = bias ? widen(bias[r]) : 0;
+      products(weight, r, std::min(r + kAhead, end - 1), of.data(), tokens,
+               [&](size_t t, float total) { narrow(total + add, y[t * rows + r]); });
     }
   });
 }
@@ -292,8 +301,8 @@ void add_rows(Matrix<T> down, const std::vector<uint32_t>& list, const float* z,
 }
 
 // y [tokens, channels] = x . weight_c + bias_c for a token's chosen channels, 0 for the others.
-template <class T, class W, class ParallelFor>
-void chosen_linear(const float* strength, Matrix<W> weight, const T* bias, const T* x, T* y, size_t tokens,
+template <class T, class Weight, class ParallelFor>
+void chosen_linear(const float* strength, Weight weight, const T* bias, const T* x, T* y, size_t tokens,
                    size_t channels, size_t count, size_t tasks, ParallelFor parallel_for) {
   const Chosen chosen = choose(strength, tokens, channels, count);
   const size_t total = chosen.channels.size();
@@ -306,10 +315,9 @@ void chosen_linear(const float* strength, Matrix<W> weight, const T* bias, const
       const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
       const uint32_t* of = chosen.tokens.data() + begin;
       for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * weight.width;
-      const float add = bias ? widen(bias[c]) : 0, scale = weight.scale(c);
-      const W* next = weight.row(chosen.channels[std::min(i + kAhead, to - 1)]);
-      dots_of(weight.row(c), rows.data(), many, weight.width, next,
-              [&](size_t j, float product) { narrow(product * scale + add, y[of[j] * channels + c]); });
+      const float add = bias ? widen(bias[c]) : 0;
+      products(weight, c, chosen.channels[std::min(i + kAhead, to - 1)], rows.data(), many,
+               [&](size_t j, float product) { narrow(product + add, y[of[j] * channels + c]); });
     }
   });
 }
@@ -317,8 +325,8 @@ void chosen_linear(const float* strength, Matrix<W> weight, const T* bias, const
 // y [tokens, out] = sum over a token's chosen channels c of z_c * down_c, plus down_bias.
 //
 // `fill(z, chosen, from, to)` computes z of the chosen channels from .. to - 1: z[i * tokens + t], where a token chose it.
-template <class T, class W, class Fill, class ParallelFor>
-void sum_of_chosen(const Chosen& chosen, Matrix<W> down, const T* down_bias, T* y, size_t tokens, size_t tasks, Fill fill,
+template <class T, class Down, class Fill, class ParallelFor>
+void sum_of_chosen(const Chosen& chosen, Down down, const T* down_bias, T* y, size_t tokens, size_t tasks, Fill fill,
                    ParallelFor parallel_for) {
   const size_t total = chosen.channels.size(), numbers = tokens * down.width;
   std::vector<float> z(total * tokens), parts(tasks * numbers);
@@ -356,10 +364,9 @@ auto factors(const Chosen& chosen, const T* factor, size_t tokens, size_t channe
 
 // y [tokens, out] = sum over a token's chosen channels c of factor_c * (x . up_c + bias_c) * down_c, plus down_bias;
 // without `up.data` the factor alone.
-template <class T, class W, class ParallelFor>
-void strongest(const float* strength, const T* factor, const T* x, Matrix<W> up, const T* up_bias, Matrix<W> down,
-               const T* down_bias, T* y, size_t tokens, size_t channels, size_t count, size_t tasks,
-               ParallelFor parallel_for) {
+template <class T, class Up, class Down, class ParallelFor>
+void strongest(const float* strength, const T* factor, const T* x, Up up, const T* up_bias, Down down, const T* down_bias,
+               T* y, size_t tokens, size_t channels, size_t count, size_t tasks, ParallelFor parallel_for) {
   const Chosen chosen = choose(strength, tokens, channels, count);
   if (!up.data)
     return sum_of_chosen(chosen, down, down_bias, y, tokens, tasks, factors(chosen, factor, tokens, channels), parallel_for);
@@ -370,11 +377,11 @@ void strongest(const float* strength, const T* factor, const T* x, Matrix<W> up,
       const size_t c = chosen.channels[i], begin = chosen.begins[i], many = chosen.begins[i + 1] - begin;
       const uint32_t* of = chosen.tokens.data() + begin;
       for (size_t j = 0; j < many; ++j) rows[j] = wide.data() + of[j] * up.width;
-      const float add = up_bias ? widen(up_bias[c]) : 0, scale = up.scale(c);
-      const W* next = up.row(chosen.channels[std::min(i + kAhead, to - 1)]);
-      dots_of(up.row(c), rows.data(), many, up.width, next, [&](size_t j, float product) {
+      const float add = up_bias ? widen(up_bias[c]) : 0;
+      const size_t next = chosen.channels[std::min(i + kAhead, to - 1)];
+      products(up, c, next, rows.data(), many, [&](size_t j, float product) {
         T rounded, made;  // where the model rounds
-        narrow(product * scale + add, rounded);
+        narrow(product + add, rounded);
         narrow(widen(rounded) * widen(factor[of[j] * channels + c]), made);
         z[i * tokens + of[j]] = widen(made);
       });

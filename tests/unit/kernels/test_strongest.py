@@ -114,6 +114,59 @@ def test_a_linear_layer_of_the_chosen_channels_alone(call):
     torch.testing.assert_close(found.double(), right, atol=TOLERANCE[x.dtype], rtol=TOLERANCE[x.dtype])
 
 
+@st.composite
+def rounded(draw, inputs, features, dtype, grouped):
+    """A weight [features, inputs] of int8 numbers, in float64, and as the kernels take it: numbers, scales, zeros."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    group = draw(st.sampled_from([g for g in (1, 3, 8, 16, 32, 40, inputs) if inputs % g == 0])) if grouped else inputs
+    shape = (features, inputs // group)
+    numbers = torch.randint(-8, 8, (features, inputs), generator=generator, dtype=torch.int8)
+    scales = ((1 + torch.rand(shape, generator=generator)) / 8 / inputs**0.5).to(dtype if grouped else torch.float32)
+    most = draw(st.sampled_from([0, 8])) if grouped else 0  # weights without zero points take a path of their own
+    zeros = torch.randint(-most, most + 1, shape, generator=generator, dtype=torch.int8)
+    spread_scales, spread_zeros = (part.double().repeat_interleave(group, 1) for part in (scales, zeros))
+    exact = (numbers.double() - spread_zeros) * spread_scales
+    return exact, (numbers, scales, zeros) if grouped else (numbers, scales.flatten(), None)
+
+
+@st.composite
+def rounded_calls(draw):
+    dtype, grouped, biases = draw(st.sampled_from(list(TOLERANCE))), draw(st.booleans()), draw(st.booleans())
+    tokens, channels = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 24, 32, 80]))
+    hidden, out = draw(st.sampled_from([1, 8, 15, 32, 48, 120])), draw(st.integers(1, 70))
+    up, down = draw(rounded(hidden, channels, dtype, grouped)), draw(rounded(channels, out, dtype, grouped))
+    x, factor = (torch.randn(tokens, width).to(dtype) for width in (hidden, channels))
+    bias = torch.randn(channels).to(dtype) if biases else None
+    return factor.float().abs(), factor, x, up, bias, down, draw(st.integers(1, channels))
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(rounded_calls(), st.booleans())
+def test_weights_of_int8_numbers(call, native):
+    """With a scale for each row, or a scale and a zero for each group of it: both ways to compute against float64."""
+    strength, factor, x, (up, up_parts), bias, (down, down_parts), count = call
+    close = {"atol": TOLERANCE[x.dtype], "rtol": TOLERANCE[x.dtype]}
+    sides = (strongest._native_linear, strongest._native_chosen, strongest._native_strongest)
+    linear, chosen, summed = (
+        sides if native else (strongest._plain_linear, strongest._plain_chosen, strongest.plain_strongest)
+    )
+    rows, *scaling = up_parts
+    whole = torch.nn.functional.linear(x.double(), up, None if bias is None else bias.double())
+    torch.testing.assert_close(linear(x, rows, bias, *scaling).double(), whole, **close)
+    kept = (strength >= strength.topk(count, -1).values[:, -1:]) & (strength > 0)
+    torch.testing.assert_close(
+        chosen(strength, x, rows, bias, count, *scaling).double(), torch.where(kept, whole, 0.0), **close
+    )
+    numbers, scales, zeros = (part if part is None or part.ndim == 1 else part.t().contiguous() for part in down_parts)
+    for gate, gate_bias, (gate_rows, gate_scales, gate_zeros) in ((up, bias, up_parts), (None, None, (None,) * 3)):
+        found = summed(
+            strength, factor, x, gate_rows, gate_bias, numbers, None, count, gate_scales, scales, gate_zeros, zeros
+        )
+        right = oracle(strength, factor, x, gate, gate_bias, down.t(), None, count)
+        torch.testing.assert_close(found.double(), right, **close)
+
+
 @needs_compiler
 def test_a_token_that_has_gone_wrong_leaves_the_others_alone():
     call = list(_plain_call(3))

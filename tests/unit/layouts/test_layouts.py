@@ -87,12 +87,25 @@ def test_columns_give_what_the_whole_gives_of_zeros_elsewhere(weight, data):
 @given(weights())
 def test_codes_are_the_weight(weight):
     codes = layouts.codes_of(weight)
-    assert (codes is not None) == (type(weight).__name__ == "Int8Tensor")
+    assert (codes is None) == (type(weight).__name__ == "Float8Tensor")
     if codes is not None:
-        assert (codes.numbers.dtype, codes.scales.dtype) == (torch.int8, torch.float32)
+        assert codes.numbers.dtype == torch.int8
+        assert codes.scales.dtype == (torch.float32 if codes.zeros is None else weight.dtype)
+        turned = codes.transposed()
+        assert turned.numbers.is_contiguous()
+        whole = layouts.widened(weight).float()
         close = {"rtol": 1e-2, "atol": 1e-5} if weight.dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 0}
-        made = codes.numbers.float() * codes.scales[:, None]
-        torch.testing.assert_close(made, layouts.widened(weight).float(), **close)
+        torch.testing.assert_close(_numbers(codes, 1), whole, **close)
+        torch.testing.assert_close(_numbers(turned, 0).t(), whole, **close)
+
+
+def _numbers(codes, inputs):
+    """A weight out of its codes; input features are its dimension `inputs`."""
+    if codes.zeros is None:
+        return codes.numbers.float() * codes.scales.unsqueeze(inputs)
+    group = codes.numbers.shape[inputs] // codes.zeros.shape[inputs]
+    zeros, scales = (part.float().repeat_interleave(group, inputs) for part in (codes.zeros, codes.scales))
+    return (codes.numbers.float() - zeros) * scales
 
 
 def test_an_ordinary_tensor_has_no_layout():
