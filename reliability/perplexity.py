@@ -3,7 +3,8 @@
     python reliability/perplexity.py            # fails where the default loses more than 1%
     python reliability/perplexity.py --record   # after a change that is meant to move it
 
-SmolLM2-135M in fp32 (the same numbers on every processor), Python's own documentation: 4 x 512 tokens as one batch, calibrated on 4 others; the default.
+SmolLM2-135M in fp32 (the same numbers on every processor), Python's own documentation: 4 x 512 tokens as one batch,
+calibrated on 4 others; the default.
 """
 
 from __future__ import annotations
