@@ -1,12 +1,13 @@
-"""Pruned, quantized, or both: perplexity and time of one model's decoder layers in bf16 and int8.
+"""Pruned, quantized, or both: perplexity and time of one model's decoder layers in bf16 or fp32, int8 and int4.
 
     python benchmarks/quantized.py MODEL --text-dir wikitext-2 --out benchmarks/results/quantized
 
 MODEL is a folder, hub id or GGUF file; the folder holds test.txt and valid.txt of WikiText-2. int8: torchao's
-Int8WeightOnlyConfig, a scale for each output row, of the decoder layers. Perplexity: 8 x 512 tokens of the test text as
-one batch, calibrated on 32 x 512 of the other, history frozen. Time: `pp_fx.bench`, one thread, compiled, both sides
-frozen by Inductor, the decoder blocks; every row interleaved with the dense model of the same weights. Solved
-programs: quantized_tasks.py. `python docs/measured.py` writes the table.
+Int8WeightOnlyConfig, a scale for each output row; int4: IntxWeightOnlyConfig, a scale for each 32 numbers of a row; of
+the decoder layers. Perplexity: 8 x 512 tokens of the test text as one batch, calibrated on 32 x 512 of the other,
+history frozen. Time: `pp_fx.bench`, one thread, compiled, both sides frozen by Inductor, the decoder blocks; every row
+interleaved with the dense model of the same weights. Solved programs: quantized_tasks.py. `python docs/measured.py`
+writes the table.
 """
 
 from __future__ import annotations
@@ -16,35 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantized_models import CONFIGS, DTYPES, block_bytes, loaded
 from report import write_json
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torch import Tensor
 
 import pp_fx
 from pp_fx.bench import bench
 from pp_fx.evaluate import evaluate
-from pp_fx.layouts import stored_bytes
-from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
-WEIGHTS = ("bf16", "int8")
 RATIOS = (0.1, 0.2, 0.4)
 PHASES: dict[str, dict[str, Any]] = {
     "decode 1 x 128": {"phase": "decode", "new_tokens": 48, "freezing": True},
     "prefill 1 x 512": {"phase": "prefill", "freezing": True},
 }
 KEYS = ("dense_ms", "pruned_ms", "ratio", "ideal")
-
-
-def loaded(name: str, weights: str) -> tuple[Any, Any]:
-    """The model with its decoder layers' linear layers in bf16 or int8, and its tokenizer."""
-    model, tokenizer = load(name, torch.bfloat16)
-    if weights == "int8":
-        inside = {id(m) for layer in model.base_model.layers for m in layer.modules() if type(m) is nn.Linear}
-        quantize_(model, Int8WeightOnlyConfig(version=2), lambda module, _: id(module) in inside)
-    return model, tokenizer
 
 
 def timed(model: Any, ids: Tensor, config: pp_fx.ProbePruningConfig, phases: list[str]) -> dict[str, Any]:
@@ -76,39 +65,44 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text-dir", type=Path, required=True, help="folder with test.txt and valid.txt")
     parser.add_argument("--prefill", action="store_true", help="time prompts, too: several minutes a row")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where bf16 has no products")
+    parser.add_argument("--weights", nargs="*", choices=list(CONFIGS), default=list(CONFIGS), help="beside the dtype's")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(8, 32), help="sequences of both texts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized"))
     options = parser.parse_args()
-    found: dict[str, Any] = {"model": Path(options.model).name, "rows": []}
+    found: dict[str, Any] = {"model": Path(options.model).name, "dtype": options.dtype, "rows": []}
     phases = list(PHASES) if options.prefill else list(PHASES)[:1]
-    for weights in track(WEIGHTS, "weights", console=Console(stderr=True)):
-        model, tokenizer = loaded(options.model, weights)
-        test = sequences(read(str(options.text_dir / "test.txt")), tokenizer, 8, 512)
-        sample = sequences(read(str(options.text_dir / "valid.txt")), tokenizer, 32, 512)
+    tested, sampled = options.tokens
+    for weights in track((options.dtype, *options.weights), "weights", console=Console(stderr=True)):
+        model, tokenizer = loaded(options.model, weights, options.dtype)
+        test = sequences(read(str(options.text_dir / "test.txt")), tokenizer, tested, 512)
+        sample = sequences(read(str(options.text_dir / "valid.txt")), tokenizer, sampled, 512)
         code = sequences(read(PYTHON_DOCS), tokenizer, 16, 512)
         dense = evaluate(model, test, len(test), progress=f"{weights}, dense")
-        size = sum(stored_bytes(p) for layer in model.base_model.layers for p in layer.parameters())
+        size = block_bytes(model, weights)
         made: dict[str, Any] = {"weights": weights, "mlp_ratio": 0.0, "block_bytes": size, "ppl": dense.ppl}
         found["rows"].append(made)
         for ratio in RATIOS:
-            made = {"weights": weights, "mlp_ratio": ratio, **perplexity(model, test, sample, ratio, dense)}
+            made = {"weights": weights, "mlp_ratio": ratio, "block_bytes": size}
+            made |= perplexity(model, test, sample, ratio, dense)
             found["rows"].append(made | timed(model, code, pp_fx.ProbePruningConfig(mlp_ratio=ratio), phases))
             write_json(options.out.with_suffix(".json"), found)  # what was measured stays if this is stopped
         del model
-    _add_times_of_dense(found["rows"], phases)
+    _add_times_of_dense(found["rows"], phases, options.dtype)
     write_json(options.out.with_suffix(".json"), found)
     _plot(options.out.with_suffix(".png"), found)
 
 
-def _add_times_of_dense(rows: list[dict[str, Any]], phases: list[str]) -> None:
-    """Every row's time against dense bf16; a dense model's is the median over the runs that it was measured in."""
+def _add_times_of_dense(rows: list[dict[str, Any]], phases: list[str], dtype: str) -> None:
+    """Every row's time against dense of this dtype; a dense model's is the median over the runs it was measured in."""
     for phase in phases:
         alone = {}
-        for weights in WEIGHTS:
+        for weights in {r["weights"] for r in rows}:
             runs = [r[phase]["dense_ms"] for r in rows if r["weights"] == weights and phase in r]
             alone[weights] = sorted(runs)[len(runs) // 2]
         for made in rows:
             ratio = made[phase]["ratio"] if phase in made else 1.0
-            made.setdefault(phase, {})["against_bf16"] = ratio * alone[made["weights"]] / alone["bf16"]
+            made.setdefault(phase, {})["against_dense"] = ratio * alone[made["weights"]] / alone[dtype]
 
 
 def _plot(file: Path, found: dict[str, Any]) -> None:
@@ -119,13 +113,15 @@ def _plot(file: Path, found: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for weights, color in zip(WEIGHTS, ("#2a6f97", "#e8590c"), strict=True):
+    for weights, color in zip((found["dtype"], *CONFIGS), ("#2a6f97", "#e8590c", "#2f9e44"), strict=True):
         rows = [r for r in found["rows"] if r["weights"] == weights]
-        x, y = [r["decode 1 x 128"]["against_bf16"] for r in rows], [r["ppl"] for r in rows]
+        if not rows:
+            continue
+        x, y = [r["decode 1 x 128"]["against_dense"] for r in rows], [r["ppl"] for r in rows]
         axes.plot(x, y, marker="o", color=color, label=weights)
         for a, b, made in zip(x, y, rows, strict=True):
             axes.annotate(f"{made['mlp_ratio']:.0%}", (a, b), xytext=(5, 4), textcoords="offset points", size=8)
-    axes.set_xlabel("time of a decode step, dense bf16 = 1")
+    axes.set_xlabel(f"time of a decode step, dense {found['dtype']} = 1")
     axes.set_ylabel("perplexity, WikiText-2")
     axes.set_title(found["model"])
     axes.legend(frameon=False)

@@ -16,47 +16,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from generated import quality, row
+from quantized_models import block_bytes, loaded
 from report import write_json
 from rich.console import Console
 from rich.progress import track
-from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
-from pp_fx.layouts import stored_bytes
 from pp_fx.measure.humaneval import read_problems, solve
-from pp_fx.models import load
 from pp_fx.text import PYTHON_DOCS, read, sequences
 
-CONFIGS: dict[str, Any] = {
-    "bf16": None,
-    "int8": Int8WeightOnlyConfig(version=2),
-    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
-}
-
-
-def loaded(name: str, weights: str) -> tuple[Any, Any]:
-    """The model with its decoder layers' linear layers in these weights, and its tokenizer."""
-    model, tokenizer = load(name, torch.bfloat16)
-    if CONFIGS[weights] is not None:
-        inside = {id(m) for layer in model.base_model.layers for m in layer.modules() if type(m) is nn.Linear}
-        quantize_(model, CONFIGS[weights], lambda module, _: id(module) in inside)
-    return model, tokenizer
-
-
-def block_bytes(model: Any, weights: str) -> int:
-    """Of the decoder layers, numbers of 4 bits in half a byte."""
-    parameters = [p for layer in model.base_model.layers for p in layer.parameters()]
-    packed = sum(p.numel() for p in parameters if p.ndim == 2) // 2 if weights == "int4" else 0
-    return sum(stored_bytes(p) for p in parameters) - packed
+WEIGHTS = ("bf16", "int8", "int4")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--weights", nargs="*", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=WEIGHTS)
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2], help="of MLP channels, beside 0")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized-tasks"))
     options = parser.parse_args()
@@ -88,7 +64,7 @@ def draw_front(file: Path, found: dict[str, Any], times: list[dict[str, Any]]) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    step = {(r["weights"], r["mlp_ratio"]): r["decode 1 x 128"]["against_bf16"] for r in times}
+    step = {(r["weights"], r["mlp_ratio"]): r["decode 1 x 128"]["against_dense"] for r in times}
     points = []
     for weights, color in (("bf16", "#2a6f97"), ("int8", "#e8590c")):
         rows = [

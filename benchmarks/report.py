@@ -26,7 +26,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    flags = {"avx512_bf16", "amx_bf16", "avx512f"} & set(next(x for x in lines if x.startswith("flags")).split())
+    known = set(next(x for x in lines if x.startswith("flags")).split())
+    flags = {"avx512_bf16", "amx_bf16", "avx512f"} & known or {"avx2"} & known
     return next(x.split(":")[1].strip() for x in lines if x.startswith("model name")) + f" ({', '.join(sorted(flags))})"
 
 

@@ -124,12 +124,14 @@ def generated(found: dict[str, Any]) -> str:
 
 def quantized(found: dict[str, Any]) -> str:
     """Every ratio of every kind of weights; dense rows have no time against themselves."""
-    columns = {"weights": "{weights}", "MLP dropped": "{mlp_ratio:.0%}", "perplexity": "{ppl:.1f}"}
+    rows = [{**row, "megabytes": row["block_bytes"] / 1e6} for row in found["rows"]]
+    columns = {"weights": "{weights}", "MLP dropped": "{mlp_ratio:.0%}", "MB of the layers": "{megabytes:.0f}"}
+    columns |= {"perplexity": "{ppl:.1f}"}
     columns |= {"NLL above dense of the same weights": "{nll_above_dense:+.3f} ± {nll_stderr:.3f}"}
     for phase in (name for name in ("decode 1 x 128", "prefill 1 x 512") if name in found["rows"][0]):
         columns |= {f"{phase} / dense of the same weights": f"{{{phase}[ratio]:.3f}}"}
-        columns |= {f"{phase} / dense bf16": f"**{{{phase}[against_bf16]:.3f}}**"}
-    return grid(found["rows"], columns)
+        columns |= {f"{phase} / dense {found['dtype']}": f"**{{{phase}[against_dense]:.3f}}**"}
+    return grid(rows, columns)
 
 
 def quantized_tasks(found: dict[str, Any]) -> str:
@@ -290,6 +292,7 @@ TABLES |= {
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving, continuous_batching)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, shards, settled, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
+TABLES |= {"quantized-fp32": quantized, "quantized-smollm2": quantized, "step-kernels-avx2": step_kernels}
 """Name of a file in benchmarks/results -> its table."""
 
 

@@ -329,13 +329,11 @@ class RowDots {
     Lanes total = {};
     for (size_t b = 0; b < weight_.blocks; ++b) {
       uint8_t codes[kBlock];
+      int8_t numbers[kBlock];
       unpack(weight_.row(r) + b * weight_.bytes(), weight_.bits, codes);
+      for (size_t i = 0; i < kBlock; ++i) numbers[i] = static_cast<int8_t>(codes[i] - weight_.zero());
       Lanes part = {};
-      for (size_t i = 0; i < kBlock; i += kLanes) {
-        int8_t numbers[kLanes];
-        for (size_t lane = 0; lane < kLanes; ++lane) numbers[lane] = static_cast<int8_t>(codes[i + lane] - weight_.zero());
-        part += load(numbers) * load(rows_.numbers(t) + b * kBlock + i);
-      }
+      for (size_t i = 0; i < kBlock; i += kLanes) part += load(numbers + i) * load(rows_.numbers(t) + b * kBlock + i);
       total += part * weight_.scales[r * weight_.blocks + b];
     }
     return sum(total);
