@@ -52,11 +52,18 @@ inline Lanes load(const float* p) {
   std::memcpy(&lanes, p, sizeof lanes);
   return lanes;
 }
+// Halves and bytes by instructions of their own: compilers widen them one by one.
 inline Lanes load(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
   typedef Half Halves __attribute__((vector_size(kLanes * sizeof(Half))));
   Halves halves;
   std::memcpy(&halves, p, sizeof halves);
   return __builtin_convertvector(halves, Lanes);
+#endif
 }
 inline Lanes load(const BFloat16* p) {
   typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
@@ -65,7 +72,6 @@ inline Lanes load(const BFloat16* p) {
   std::memcpy(&shorts, p, sizeof shorts);
   return reinterpret_cast<Lanes>(__builtin_convertvector(shorts, Words) << 16);
 }
-// Bytes, widened; compilers do it one by one.
 inline Lanes load(const int8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(
