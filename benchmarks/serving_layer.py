@@ -22,7 +22,7 @@ from torch import Tensor
 from vllm import _custom_ops
 
 import pp_fx
-from pp_fx.integrations.packed_weights import Numbers
+from pp_fx.integrations.packing import Numbers
 from pp_fx.integrations.to_torchao import as_torchao
 from pp_fx.integrations.vllm.mlp import PrunedMlp
 from pp_fx.integrations.vllm.steps import Steps

@@ -1,4 +1,4 @@
-"""What compressed-tensors and bitsandbytes hold in a packed linear layer, as numbers and scales.
+"""Which library packed a linear layer, and what compressed-tensors and bitsandbytes hold in one.
 
 compressed-tensors (https://github.com/vllm-project/compressed-tensors) leaves an ordinary `nn.Linear` whose parameters
 lie packed until the first call, with the scheme as its attribute; bitsandbytes' 8 bits are a module of their own.
@@ -6,54 +6,26 @@ lie packed until the first call, with the scheme as its attribute; bitsandbytes'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .gptqmodel_weights import GPTQMODEL
+from .packing import AGAIN, Numbers, Packing
+
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 _STRATEGIES = ("tensor", "channel", "group")
-_AGAIN = "load the model again, and call pp_fx.to_torchao(model) before its first call"
-
-
-class Numbers(NamedTuple):
-    """A weight [out, in] in numbers of a byte.
-
-    Attributes:
-        codes: int8 or float8 [out, in].
-        scales: [out, in / group]; a number is (code - zero point) * scale.
-        zero_points: int8 [out, in / group], or None for zeros.
-        bits: of a number.
-        rounds_inputs: whether the library rounds a call's tokens to 8 bits as well, each by its largest.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
-    bits: int
-    rounds_inputs: bool
-
-
-class Packing(NamedTuple):
-    """How a library packs a linear layer.
-
-    Attributes:
-        refusal: why a layer's numbers cannot be taken, with the remedy; None where they can.
-        numbers: those of a layer.
-    """
-
-    refusal: Callable[[Any], str | None]
-    numbers: Callable[[Any], Numbers]
 
 
 def packing_of(module: nn.Module) -> Packing | None:
     """How a module is packed; None where it is not."""
     if getattr(module, "quantization_scheme", None) is not None:
         return _COMPRESSED_TENSORS
-    if type(module).__module__.partition(".")[0] == "bitsandbytes":
+    package = type(module).__module__.partition(".")[0]
+    if package == "bitsandbytes":
         return _BITSANDBYTES
-    return None
+    return GPTQMODEL if package == "gptqmodel" and hasattr(module, "QUANT_TYPE") else None
 
 
 def _compressed_refusal(module: Any) -> str | None:
@@ -62,7 +34,7 @@ def _compressed_refusal(module: Any) -> str | None:
     if type(module) is not nn.Linear or weights is None:
         return "is no linear layer with quantized weights, and only those are converted; quantize Linear alone"
     if status != "compressed":
-        return f"was run already, which widened its weight; {_AGAIN}"
+        return f"was run already, which widened its weight; {AGAIN}"
     if scheme.format is not None and scheme.format not in _FORMATS:
         return f"is packed as {scheme.format}; the formats that can be converted are {', '.join(_FORMATS)}"
     if weights.strategy not in _STRATEGIES or weights.num_bits > 8:

@@ -201,8 +201,8 @@ def refusal(tensor: Any) -> str | None:
 
 _WORKS = (
     "of which no rows can be taken; quantize with torchao by row (Int8WeightOnlyConfig, Float8WeightOnlyConfig) or in "
-    "groups (IntxWeightOnlyConfig), convert bitsandbytes' 8 bits (pp_fx.to_torchao), or load the model unquantized, on "
-    "one device"
+    "groups (IntxWeightOnlyConfig), convert GPTQ, AWQ and bitsandbytes' 8 bits (pp_fx.to_torchao), or load the model "
+    "unquantized, on one device"
 )
 
 

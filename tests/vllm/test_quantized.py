@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import pp_fx
 from pp_fx.errors import ConfigError
-from pp_fx.integrations.packed_weights import Numbers
+from pp_fx.integrations.packing import Numbers
 from pp_fx.integrations.to_torchao import as_torchao
 from pp_fx.integrations.vllm.method import PpFxConfig
 from pp_fx.layouts import widened

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...layouts import refusal
-from ..packed_weights import Numbers
+from ..packing import Numbers
 from ..to_torchao import as_torchao
 
 METHODS = ("torchao", "compressed-tensors")
