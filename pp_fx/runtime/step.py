@@ -65,8 +65,8 @@ def gated_step(
     else:
         down, _, up_read = read
         given = up_read.numbers, up_bias, down.numbers, bias, count
-        scaling = up_read.scales, down.scales, up_read.zeros, down.zeros
-        out = strongest.strongest(strength, factor, rows, *given, *scaling)
+        both = up_read.scales, down.scales, up_read.zeros, down.zeros
+        out = strongest.strongest(strength, factor, rows, *given, *both)
     return out.view(*x.shape[:-1], -1)
 
 
