@@ -167,10 +167,10 @@ OrtStatus* strongest(OrtKernelContext* context) {
   auto of = [](const Tensor& t) { return static_cast<const T*>(t.data); };
   OrtStatus* failed = nullptr;
   auto parallel_for = [&](size_t tasks, auto task) { failed = ort::parallel_for(context, tasks, task); };
-  const kernels::Matrix<T> rows = {gated ? of(up) : nullptr, up.last(), up.last()};
-  kernels::strongest<T>(static_cast<const float*>(strength.data), of(factor), of(x), rows, gated ? of(bias) : nullptr,
-                        {of(down), width, width}, nullptr, static_cast<T*>(out), tokens, channels, asked, ort::kTasksOfStep,
-                        parallel_for);
+  const kernels::Matrix<T> rows = {gated ? of(up) : nullptr, up.last(), up.last()}, columns = {of(down), width, width};
+  const T *up_bias = gated ? of(bias) : nullptr, *no_bias = nullptr;
+  kernels::strongest<T>(static_cast<const float*>(strength.data), of(factor), of(x), rows, up_bias, columns, no_bias,
+                        static_cast<T*>(out), tokens, channels, asked, ort::kTasksOfStep, parallel_for);
   return failed;
 }
 
