@@ -22,7 +22,7 @@ from pp_fx.rewrite.layer import layers_of
 from tests.helpers.families import FAMILIES, VOCABULARY, build
 from tests.helpers.zeroed import transformed, zero_channels
 
-DRAWS = int(os.environ.get("PP_FX_DRAWS", "20"))
+DRAWS = int(os.environ.get("PP_FX_DRAWS", "12"))
 NAMES = sorted(name for name, family in FAMILIES.items() if family.mlp is True)
 TOLERANCE = 1e-3
 _built = {}

@@ -56,7 +56,10 @@ def test_one_graph_for_all_batches_of_a_shape(llama, name, padded):
     assert all(s.seen == 1 for s in states_of(compiled_model) if s.prunes)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "paper")) for n in CONFIGS])
+SLOW = ("paper", "outlier")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CONFIGS])
 def test_dynamic_shapes_recompile_at_most_twice(llama, name):
     """Once for dynamic shapes, and once where a batch is large enough for the least-squares compensation."""
     compiled = torch.compile(pp_fx.transform(llama, CONFIGS[name]), fullgraph=True, backend="eager", dynamic=True)
