@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--prefill", action="store_true", help="time prompts, too: several minutes a row")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where bf16 has no products")
     parser.add_argument("--weights", nargs="*", choices=list(CONFIGS), default=list(CONFIGS), help="beside the dtype's")
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="of MLP channels, beside 0")
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 32), help="sequences of both texts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantized"))
     options = parser.parse_args()
@@ -82,7 +83,7 @@ def main() -> None:
         size = block_bytes(model, weights)
         made: dict[str, Any] = {"weights": weights, "mlp_ratio": 0.0, "block_bytes": size, "ppl": dense.ppl}
         found["rows"].append(made)
-        for ratio in RATIOS:
+        for ratio in options.ratios:
             made = {"weights": weights, "mlp_ratio": ratio, "block_bytes": size}
             made |= perplexity(model, test, sample, ratio, dense)
             found["rows"].append(made | timed(model, code, pp_fx.ProbePruningConfig(mlp_ratio=ratio), phases))

@@ -125,11 +125,12 @@ inline void dots(const T* const (&w)[4], const float* x, size_t depth, float (&o
 // As above, for 4 rows of weights and all `rows` of x; `take(row, ...)` receives the four sums of one row of x.
 template <class T, class Take>
 inline void dots_of_rows(const T* const (&w)[4], const float* x, size_t rows, size_t depth, Take take) {
+  constexpr int kAtOnce = kLanes == 16 ? 4 : 2;  // rows of weights: processors without AVX-512 hold half as many sums
   float out[4][4];
   for (size_t m = 0; m < rows;) {
     const float* part = x + m * depth;
     const size_t taken = std::min<size_t>(rows - m, 4);
-    if (taken == 4) dots<4, 4, 1>(w, part, depth, out);
+    for (int r = 0; r < 4 && taken == 4; r += kAtOnce) dots<kAtOnce, 4, 1>(w, part, depth, out, r);
     for (int r = 0; r < 4 && taken < 4; ++r) {
       if (taken == 3) dots<1, 3, 2>(w, part, depth, out, r);
       if (taken == 2) dots<1, 2, 2>(w, part, depth, out, r);
