@@ -98,9 +98,9 @@ def fuzz(library: Path, draws: int, seed: int) -> Counter:
             continue
         near = {"float32": 1e-4, "float16": 8e-3, "bfloat16": 8e-2}[dtype]
         counts["right" if not plain or np.allclose(found, right, atol=near, rtol=near) else "wrong"] += 1
-    return (
-        counts + fuzz_quantized(library, draws // 4, random) + fuzz_kept(library.with_name("kernels.so"), draws, random)
-    )
+    kernels = library.with_name("kernels.so")
+    counts += fuzz_quantized(library, draws // 4, random)
+    return counts + fuzz_kept(kernels, draws, random) + fuzz_steps(kernels, draws, random)
 
 
 def fuzz_quantized(library: Path, draws: int, random: np.random.Generator) -> Counter:
@@ -143,6 +143,47 @@ def fuzz_kept(library: Path, draws: int, random: np.random.Generator) -> Counter
             wanted = x.astype(np.float64) @ weight[kept].astype(np.float64).T
             right &= np.allclose(made.astype(np.float64), wanted, atol=0.1, rtol=0.02)
         counts["right" if right else "wrong"] += 1
+    return counts
+
+
+def fuzz_steps(library: Path, draws: int, random: np.random.Generator) -> Counter:
+    """Random MLPs over the strongest channels: weights of fp32, of int8 with scales for rows, or for groups."""
+    from pp_fx.kernels.native_kernels import signed
+
+    kernels, counts = signed(library), Counter()
+    for _ in range(draws):
+        kind = random.choice(("plain", "rows", "groups"))
+        group, tokens, out = int(random.choice((1, 3, 8, 16, 17, 32, 40))), *map(int, random.integers(1, (6, 90)))
+        hidden, channels = (group * int(n) for n in random.integers(1, 5, 2))
+        x, factor = (random.standard_normal((tokens, n)).astype(np.float32) for n in (hidden, channels))
+        strength, count = np.abs(factor), int(random.integers(1, channels + 1))
+        up, down = (random.integers(-8, 8, (channels, n)).astype(np.int8) for n in (hidden, out))
+        scales, zeros, size = [None, None], [None, None], 0
+        wide = [up.astype(np.float32), down.astype(np.float32)]
+        if kind == "plain":
+            up, down = wide
+        elif kind == "rows":
+            scales = [random.random(n).astype(np.float32) for n in (channels, out)]
+            wide = [wide[0] * scales[0][:, None], wide[1] * scales[1]]
+        else:
+            size, shapes = group, ((channels, hidden // group), (channels // group, out))
+            scales = [random.random(shape).astype(np.float32) for shape in shapes]
+            zeros = [random.integers(-2, 3, shape).astype(np.int8) * int(random.integers(2)) for shape in shapes]
+            spread = [[part.repeat(group, 1 - i) for i, part in enumerate(both)] for both in (scales, zeros)]
+            wide = [(w - z) * s for w, s, z in zip(wide, *spread, strict=True)]
+        found = np.empty((tokens, out), np.float32)
+        parts = [
+            (w.ctypes.data, w.shape[1], *(p if p is None else p.ctypes.data for p in both), size, None)
+            for w, *both in zip((up, down), scales, zeros, strict=True)
+        ]
+        given = strength.ctypes.data, factor.ctypes.data, x.ctypes.data
+        kernels.pp_fx_strongest(
+            0, *given, *parts[0], *parts[1], found.ctypes.data, *strength.shape, hidden, out, count, 2
+        )
+        least = np.sort(strength, 1)[:, [channels - count]]
+        right = np.where(strength >= least, factor * (x @ wide[0].T), 0) @ wide[1]
+        near = np.abs(found - right).max() <= 1e-4 * (np.abs(right).max() + 1)
+        counts["right" if near else "wrong"] += 1
     return counts
 
 
