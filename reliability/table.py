@@ -136,8 +136,8 @@ def sanitize(found: dict[str, Any]) -> str:
     return f"""## Native kernels under sanitizers
 
 `python reliability/sanitize.py`: random shapes (also such that do not fit), types and values through the compiled
-kernels of onnxruntime and torch, built with AddressSanitizer and UndefinedBehaviorSanitizer. A library with a deliberate read
-beyond the end was reported in the same run.
+kernels of onnxruntime and torch, built with AddressSanitizer and UndefinedBehaviorSanitizer. A library with a
+deliberate read beyond the end was reported in the same run.
 
 {rows(["calls", "right", "refused", "wrong", "reports"], [line])}"""
 
