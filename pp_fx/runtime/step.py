@@ -105,7 +105,8 @@ def strongest_columns(state: GroupState, plan: Plan, z: Tensor, weight: Tensor, 
 def linear(plan: Plan | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer that runs whole: in a decode step on a CPU by the kernel for few tokens.
 
-    torch's product of so few rows does not run at the memory's speed (docs/research/speed.md, section 11).
+    torch's product of so few rows does not run at the memory's speed (docs/research/speed.md, section 11), but for one
+    of fp32.
 
     Args:
         x: [.., in].
@@ -171,7 +172,7 @@ def _read(state: GroupState, tokens: int, output: Tensor, *inputs: Tensor) -> li
 def _linear(x: Tensor, weight: _Read | Codes, bias: Tensor | None) -> Tensor:
     numbers, scales, zeros = weight
     if numbers.dtype == torch.float32 and x.shape[0] == 1:
-        return F.linear(x, numbers, bias)  # torch reads these at the memory's speed (docs/research/speed.md, section 13)
+        return F.linear(x, numbers, bias)  # at the memory's speed already (docs/research/speed.md, section 13)
     return strongest.linear_rows(x, numbers, bias, scales, zeros)
 
 
