@@ -292,7 +292,7 @@ TABLES |= {
 TABLES |= {f.__name__.replace("_", "-"): f for f in (onnx_runtime, onnx_quantized, serving, continuous_batching)}
 TABLES |= {f.__name__.replace("_", "-"): f for f in (serving_tasks, serving_layer, shards, settled, costs)}
 TABLES |= {"cpu-xeon": cpu, "gpu-h200": gpu, "generated-164": generated}
-TABLES |= {"quantized-fp32": quantized, "step-kernels-avx2": step_kernels}
+TABLES |= {"quantized-fp32": quantized, "quantized-smollm2": quantized, "step-kernels-avx2": step_kernels}
 """Name of a file in benchmarks/results -> its table."""
 
 
