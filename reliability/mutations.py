@@ -146,6 +146,13 @@ FAULTS = (
         "tests/behaviour/test_state_safety.py",
     ),
     Fault(
+        "zero points of groups are added",
+        "pp_fx/kernels/native/grouped.h",
+        "? -zeros[g] *",
+        "? zeros[g] *",
+        "tests/unit/kernels/test_strongest.py",
+    ),
+    Fault(
         "weights not laid out anew after load_state_dict",
         "pp_fx/rewrite/layer.py",
         "_lay_out(parameter, state.steps and path == group.output.path)",
